@@ -1,0 +1,414 @@
+"""Ask, replay, pay once: the one class stages use."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+
+from shared import apis as cloud
+from shared.errors import ProviderError, SettingsError
+from shared.llm.catalogue import NANO, catalogue
+from shared.llm.limits import MAX_WAIT_S, Limiter
+from shared.llm.providers import PROVIDERS, BadRequestError, OpenAI, Provider, TransientError, check_key
+from shared.llm.store import Entry, Store
+from shared.llm.types import Answer, Reply, Request, Spending, Usage, judge_answer, request_key
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+FAILURES = 8
+"""Tries of one call that fail for another reason than speed, before it is given up: about two minutes of back-off."""
+PATIENCE_S = 900.0
+"""How long one call keeps trying while the provider says we are too fast."""
+DRAIN_S = 60.0
+"""After an interrupt, how long answers under way are awaited: they are paid for, so they are kept."""
+WINDOW = 32
+"""Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
+EMBED_TEXTS, EMBED_TOKENS = 2048, 250_000
+"""OpenAI takes at most 2,048 texts and 300,000 tokens a request (SDK docstring, openai 3.52.0)."""
+
+_backoff = wait_exponential_jitter(initial=0.5, max=30, jitter=1)
+
+
+class Models:
+    """Ask models through this.
+
+    Args:
+        cache: directory of the reply store (``data/cache``).
+        apis: ``mock`` or ``live``.
+        run, track, stage: what the spending is for.
+        budget_usd: the most that may ever be spent for ``run``; None = no cap.
+    """
+
+    def __init__(
+        self, cache: Path, apis: str, run: str, stage: str, track: str = "", budget_usd: float | None = None
+    ) -> None:
+        self.apis, self.run, self.stage, self.track = apis, run, stage, track
+        self.budget_nano = None if budget_usd is None else round(budget_usd * NANO)
+        self.store = Store(cache / f"{apis}.sqlite")
+        self.concurrency = 8
+        self._stack = ExitStack()
+        self._providers: dict[str, Provider] = {}
+        self._limiters: dict[tuple[str, str], Limiter] = {}
+        self._inflight: dict[str, asyncio.Task[Answer]] = {}
+        self._required: set[str] = set()
+        self._runner = asyncio.Runner()
+        self._spending = Spending()
+        self._nano = 0
+        self._counts: Counter[str] = Counter()
+
+    def __enter__(self) -> Self:
+        cloud.connect(self.apis, self._stack)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._runner.run(self._close())
+        finally:
+            self._runner.close()
+            self.store.close()
+            self._stack.close()
+
+    async def _close(self) -> None:
+        """Keep the answers under way, then close the clients."""
+        if self._inflight:
+            print(f"waiting for {len(self._inflight)} answers under way, to keep them", file=sys.stderr)
+            await asyncio.wait(self._inflight.values(), timeout=DRAIN_S)
+        for provider in self._providers.values():
+            with contextlib.suppress(Exception):
+                await provider.close()
+
+    # -- before anything is spent
+
+    def require(self, *models: str) -> None:
+        """Check that every model's price is known and its key set; ``ask`` refuses models that were not named here.
+
+        Raises:
+            BudgetError: a price is unknown.
+            KeyMissingError: a key is not set.
+            SettingsError: a model's name is not ``provider/name``.
+        """
+        for model in models:
+            catalogue().card(model)
+            check_key(self._provider(model.partition("/")[0]))
+            self._required.add(model)
+
+    # -- many, in order
+
+    def map(
+        self, work: Callable[[T], Coroutine[Any, Any, R]], items: Iterable[T], concurrency: int
+    ) -> Iterator[tuple[T, R]]:
+        """Run ``work`` over ``items``; yield ``(item, result)`` in input order.
+
+        At most ``concurrency`` items are under way and ``WINDOW`` times as many wait to be delivered, whatever the
+        number of items. The first fatal error stops everything; answers under way are kept.
+        """
+        if concurrency < 1:
+            raise SettingsError(f"concurrency must be at least 1, got {concurrency}", "edit the stage's settings")
+        self.concurrency = concurrency
+        stream = self._windowed(work, iter(items), concurrency)
+        try:
+            while (batch := self._runner.run(_await(anext(stream, None)))) is not None:
+                yield from batch
+        finally:
+            self._runner.run(_await(stream.aclose()))
+
+    async def _windowed(
+        self, work: Callable[[T], Coroutine[Any, Any, R]], items: Iterator[T], concurrency: int
+    ) -> AsyncGenerator[list[tuple[T, R]]]:
+        window: deque[tuple[T, asyncio.Task[R]]] = deque()
+        active: set[asyncio.Task[R]] = set()
+        changed = asyncio.Event()
+        failed: list[BaseException] = []
+
+        def ended(task: asyncio.Task[R]) -> None:
+            active.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed.append(error)
+            changed.set()
+
+        more = True
+        try:
+            while True:
+                while more and len(active) < concurrency and len(window) < concurrency * WINDOW:
+                    try:
+                        item = next(items)
+                    except StopIteration:
+                        more = False
+                        break
+                    task = asyncio.create_task(work(item))
+                    task.add_done_callback(ended)
+                    active.add(task)
+                    window.append((item, task))
+                if failed:
+                    raise failed[0]
+                ready = []
+                while window and window[0][1].done():
+                    item, task = window.popleft()
+                    ready.append((item, task.result()))
+                if ready:
+                    yield ready
+                elif not window:
+                    return
+                else:
+                    changed.clear()
+                    await changed.wait()
+        finally:
+            for task in active:
+                task.cancel()
+            if active:
+                await asyncio.wait(active)
+
+    def one(self, work: Awaitable[R]) -> R:
+        """Run one awaitable on the loop all calls share."""
+        return self._runner.run(_await(work))
+
+    # -- one
+
+    async def ask(self, request: Request, tries: int = 3) -> Reply:
+        """The answer to a request, from the store if it was ever answered.
+
+        An answer that is cut off, refused, empty or not the JSON asked for is paid and kept; the question is then asked
+        again under another index (with twice the room when it was cut off), up to ``tries`` times.
+
+        Returns:
+            A reply whose ``problem`` is empty, or says why there is no usable answer.
+
+        Raises:
+            BudgetError, KeyMissingError, ProviderError: nothing more can be asked; what was answered is saved.
+        """
+        assert request.model in self._required, f"{self.stage} must call models.require({request.model!r}) first"
+        usage, cached, reply = Usage(), True, None
+        for attempt in range(tries):
+            reply = await self._attempt(request, attempt)
+            usage, cached = usage + reply.usage, cached and reply.cached
+            if reply.problem not in ("truncated", "refused", "invalid_json", "empty"):
+                break
+            if reply.problem == "truncated":
+                request = request.model_copy(update={"max_tokens": request.max_tokens * 2})
+        assert reply is not None
+        return reply.model_copy(update={"usage": usage, "cached": cached, "tries": attempt + 1})
+
+    async def _attempt(self, request: Request, attempt: int) -> Reply:
+        card = catalogue().card(request.model)
+        wire = self._provider(request.provider).wire(request, card)
+        key = request_key(wire, request.model, request.base_url, request.repeat, attempt)
+        answer = self.store.answer(key)
+        cached = answer is not None
+        if answer is None:
+            # The sending task is shared by everyone who asks the same thing now, and outlives whoever is cancelled.
+            task = self._inflight.get(key)
+            cached = task is not None
+            if task is None:
+                task = asyncio.create_task(self._send(request, wire, key))
+                self._inflight[key] = task
+                task.add_done_callback(lambda t: self._landed(key, t))
+            try:
+                answer = await asyncio.shield(task)
+            except BadRequestError as error:
+                return Reply(key="", problem="bad_request", detail=str(error))
+            except TransientError as error:
+                return Reply(key="", problem="unavailable", detail=str(error))
+        self._spending.cached += cached
+        problem, detail, parsed = judge_answer(answer, request.response)
+        return Reply(
+            key=key, text=answer.text, parsed=parsed, problem=problem, detail=detail, usage=answer.usage, cached=cached
+        )
+
+    def _landed(self, key: str, task: asyncio.Task[Answer]) -> None:
+        self._inflight.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # whoever waits sees it; nobody waiting is no warning
+
+    async def _send(self, request: Request, wire: dict[str, Any], key: str) -> Answer:
+        worst = catalogue().worst_nano(request)
+        provider = self._provider(request.provider)
+        async with self._reserved(worst):
+            answer = await self._persist(
+                (request.provider, request.name), lambda: provider.send(wire, request.base_url)
+            )
+            await self.store.put(self._entry(key, request.model, answer.usage), wire, answer)
+        return answer
+
+    def _entry(self, key: str, model: str, usage: Usage) -> Entry:
+        nano = catalogue().card(model).price().nano(usage)
+        self._nano += nano
+        self._counts[model] += 1
+        s = self._spending
+        s.calls, s.input_tokens, s.output_tokens = (
+            s.calls + 1,
+            s.input_tokens + usage.input,
+            s.output_tokens + usage.output,
+        )
+        return Entry(
+            key=key,
+            model=model,
+            run=self.run,
+            track=self.track,
+            stage=self.stage,
+            input=usage.input,
+            output=usage.output,
+            cached=usage.cached,
+            nano=nano,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _reserved(self, nano: int) -> AsyncIterator[None]:
+        """Hold money for a call; nothing to do, and nothing to wait for, without a budget."""
+        if self.budget_nano is None or nano == 0:
+            yield
+            return
+        await self.store.reserve(self.run, nano, self.budget_nano)
+        try:
+            yield
+        finally:
+            await self.store.release(nano)
+
+    async def _persist(self, gate: tuple[str, str], send: Callable[[], Awaitable[R]]) -> R:
+        """Send until answered: back off, obey Retry-After, slow down when told to.
+
+        Raises:
+            TransientError: given up on this call while others were being answered.
+            ProviderError: given up, and nothing was answered meanwhile: the provider is down.
+        """
+        limiter = self._limiters.setdefault(gate, Limiter(self.concurrency))
+        answered = self._spending.calls
+        started = asyncio.get_running_loop().time()
+        failures = 0
+
+        def stop(state: RetryCallState) -> bool:
+            nonlocal failures
+            error = state.outcome.exception() if state.outcome else None
+            self._spending.retries += 1
+            if isinstance(error, TransientError) and error.limited:
+                return asyncio.get_running_loop().time() - started > PATIENCE_S
+            failures += 1
+            return failures >= FAILURES
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            after = error.after_s if isinstance(error, TransientError) else None
+            return _backoff(state) if after is None else min(after, MAX_WAIT_S)
+
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(TransientError), wait=wait, stop=stop, reraise=True
+            ):
+                with attempt:
+                    async with limiter.slot():
+                        try:
+                            result = await send()
+                        except TransientError as error:
+                            if error.limited:
+                                limiter.limited(error.after_s)
+                            raise
+                    limiter.succeeded()
+                    return result
+        except TransientError as error:
+            if self._spending.calls == answered:
+                raise ProviderError(
+                    f"{error}; no answer in {asyncio.get_running_loop().time() - started:.0f} s",
+                    "everything answered is saved; when the provider is back, run the same command",
+                ) from error
+            raise
+        raise AssertionError("unreachable")
+
+    # -- embeddings
+
+    async def embed(self, model: str, texts: list[str], dimensions: int) -> list[array.array[float]]:
+        """Vectors of ``texts``, float32, in order; each text is paid for once, whoever asks.
+
+        Raises:
+            SettingsError: the provider has no embeddings we speak.
+            BudgetError, KeyMissingError, ProviderError: as :meth:`ask`.
+        """
+        assert model in self._required, f"{self.stage} must call models.require({model!r}) first"
+        provider = self._provider(model.partition("/")[0])
+        if not isinstance(provider, OpenAI):
+            raise SettingsError(f"embeddings come from openai/ or endpoint/ models, got {model!r}", "edit the settings")
+        name = model.partition("/")[2]
+        keys = [request_key({"model": name, "dimensions": dimensions, "text": t}, model, "", 0, 0) for t in texts]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if self.store.vector(key) is None}
+        self._spending.cached += len(set(keys)) - len(missing)
+        for part in _parts(missing):
+            await self._embed_part(provider, model, part, dimensions)
+        return [_floats(self.store.vector(key)) for key in keys]
+
+    async def _embed_part(self, provider: OpenAI, model: str, part: dict[str, str], dimensions: int) -> None:
+        wire = {"model": model.partition("/")[2], "input": list(part.values()), "dimensions": dimensions}
+        worst = catalogue().card(model).price().nano(Usage(input=sum(_bound(t) for t in part.values())))
+        async with self._reserved(worst):
+            vectors, usage = await self._persist((provider.name, model), lambda: provider.embed(wire))
+            key = request_key(wire, model, "", 0, 0)
+            packed = {k: array.array("f", v).tobytes() for k, v in zip(part, vectors, strict=True)}
+            await self.store.put_vectors(self._entry(key, model, usage), packed)
+
+    # -- after
+
+    def spending(self) -> Spending:
+        """What this process did so far."""
+        return self._spending.model_copy(
+            update={"cost_usd": self._nano / NANO, "models": dict(sorted(self._counts.items()))}
+        )
+
+    def _provider(self, name: str) -> Provider:
+        if name not in self._providers:
+            self._providers[name] = PROVIDERS[name]()
+        return self._providers[name]
+
+
+async def _await(work: Awaitable[R]) -> R:
+    return await work
+
+
+def _bound(text: str) -> int:
+    return len(text.encode("utf-8", "replace")) // 3 + 1
+
+
+def _floats(data: bytes | None) -> array.array[float]:
+    assert data is not None
+    vector = array.array("f")
+    vector.frombytes(data)
+    return vector
+
+
+def _parts(texts: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The texts in pieces a request may hold."""
+    part: dict[str, str] = {}
+    tokens = 0
+    for key, text in texts.items():
+        if part and (len(part) == EMBED_TEXTS or tokens + _bound(text) > EMBED_TOKENS):
+            yield part
+            part, tokens = {}, 0
+        part[key] = text
+        tokens += _bound(text)
+    if part:
+        yield part
+
+
+def budget_from_env() -> float | None:
+    """``BUDGET_USD`` as a number; None when it is not set.
+
+    Raises:
+        SettingsError: it is not a number, or negative.
+    """
+    text = os.environ.get("BUDGET_USD", "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingsError(f"BUDGET_USD must be dollars, 0 or more, got {text!r}", "BUDGET_USD=5 make trial")
+    return value

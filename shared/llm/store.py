@@ -1,0 +1,268 @@
+"""The reply store and the spend ledger: one SQLite file in WAL mode, shared by every process of a machine.
+
+An answer and its price enter in one transaction, before the answer is used: there is no moment at which we have paid
+and do not know it, except between the provider's last byte and our commit. Writes of many calls that are ready at
+the same time share one commit (and its fsync); a caller waits for the commit that holds its answer.
+
+``data/cache/mock.sqlite`` and ``data/cache/live.sqlite`` are separate files: a stand-in's answer is never a live one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import queue
+import sqlite3
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from shared.errors import BudgetError, SettingsError, SynthmillError
+from shared.llm.catalogue import NANO
+from shared.llm.types import Answer
+from shared.records import Part
+
+SCHEMA = 1
+STALE_S = 900.0
+"""A reservation not renewed for this long belongs to a process that died; longer than any call may take."""
+
+_TABLES = """
+CREATE TABLE replies (key TEXT PRIMARY KEY, request BLOB NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE ledger (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL, track TEXT NOT NULL,
+    stage TEXT NOT NULL, day TEXT NOT NULL, input INTEGER NOT NULL, output INTEGER NOT NULL,
+    cached INTEGER NOT NULL, nano INTEGER NOT NULL, batch INTEGER NOT NULL);
+CREATE TABLE spent (run TEXT PRIMARY KEY, nano INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE reserved (
+    owner TEXT PRIMARY KEY, run TEXT NOT NULL, nano INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+class Entry(Part):
+    """One line of the ledger: what a call was for and what it cost."""
+
+    key: str
+    model: str
+    run: str
+    track: str
+    stage: str
+    input: int
+    output: int
+    cached: int
+    nano: int
+    batch: bool = False
+
+
+class Store:
+    """Replies, vectors and the ledger.
+
+    Args:
+        path: the SQLite file; made, with its directory, when it does not exist.
+
+    Raises:
+        SettingsError: the file was written by another schema version, or is no such database.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.owner = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._reader = _open(path)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+
+    # -- reading, from the caller's thread
+
+    def answer(self, key: str) -> Answer | None:
+        """The stored answer, or None."""
+        row = self._reader.execute("SELECT answer FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else Answer.model_validate_json(zlib.decompress(row[0]))
+
+    def request(self, key: str) -> dict[str, Any] | None:
+        """The wire body that was answered, or None."""
+        row = self._reader.execute("SELECT request FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else orjson.loads(zlib.decompress(row[0]))
+
+    def vector(self, key: str) -> bytes | None:
+        """The stored embedding as little-endian float32 bytes, or None."""
+        row = self._reader.execute("SELECT vector FROM vectors WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def spent_usd(self, run: str) -> float:
+        """Everything ever paid for a run."""
+        row = self._reader.execute("SELECT nano FROM spent WHERE run = ?", (run,)).fetchone()
+        return (row[0] if row else 0) / NANO
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        """Rows of a reading query, for statistics."""
+        return self._reader.execute(query, values).fetchall()
+
+    # -- writing, through the one writer thread
+
+    async def put(self, entry: Entry, request: dict[str, Any], answer: Answer) -> None:
+        """Store an answer with its ledger line; returns once both are on disk."""
+        packed = zlib.compress(orjson.dumps(request), 1), zlib.compress(answer.model_dump_json().encode(), 1)
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (entry.key, *packed))
+            _bill(db, entry)
+
+        await self._write(write)
+
+    async def put_vectors(self, entry: Entry, vectors: dict[str, bytes]) -> None:
+        """Store embeddings with the ledger line of the call that brought them."""
+
+        def write(db: sqlite3.Connection) -> None:
+            db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", vectors.items())
+            _bill(db, entry)
+
+        await self._write(write)
+
+    async def reserve(self, run: str, nano: int, budget_nano: int) -> None:
+        """Set money aside for a call that is about to be sent, across all processes.
+
+        Raises:
+            BudgetError: what is spent and set aside for the run leaves too little.
+        """
+
+        def write(db: sqlite3.Connection) -> None:
+            now = time.time()
+            db.execute("DELETE FROM reserved WHERE at < ?", (now - STALE_S,))
+            (spent,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM spent WHERE run = ?", (run,)).fetchone()
+            (aside,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", (run,)).fetchone()
+            if spent + aside + nano > budget_nano:
+                raise BudgetError(
+                    f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={run}: ${spent / NANO:.4f} spent, "
+                    f"${aside / NANO:.4f} set aside for calls under way, the next call may cost ${nano / NANO:.4f}",
+                    f"everything answered is saved; go on with BUDGET_USD=<more> make {run}",
+                )
+            db.execute(
+                "INSERT INTO reserved VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (owner) DO UPDATE SET nano = nano + excluded.nano, at = excluded.at",
+                (self.owner, run, nano, now),
+            )
+
+        await self._write(write)
+
+    async def release(self, nano: int) -> None:
+        """Give back what :meth:`reserve` set aside."""
+        await self._write(
+            lambda db: db.execute("UPDATE reserved SET nano = nano - ? WHERE owner = ?", (nano, self.owner))
+        )
+
+    async def _write(self, work: Callable[[sqlite3.Connection], Any]) -> None:
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._serve, name="reply-store", daemon=True)
+            self._writer.start()
+        job = _Job(work, asyncio.get_running_loop())
+        self._jobs.put(job)
+        await job.done
+
+    def _serve(self) -> None:
+        db = _open(self.path)
+        while (job := self._jobs.get()) is not None:
+            group = [job]
+            with contextlib.suppress(queue.Empty):
+                while len(group) < 256 and (more := self._jobs.get_nowait()) is not None:
+                    group.append(more)
+            _commit(db, group)
+        db.execute("DELETE FROM reserved WHERE owner = ?", (self.owner,))
+        db.close()
+
+    def close(self) -> None:
+        """Wait for the writer; give back every reservation of this process."""
+        if self._writer is not None:
+            self._jobs.put(None)
+            self._writer.join()
+            self._writer = None
+        self._reader.close()
+
+
+class _Job:
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.work, self.loop, self.done = work, loop, loop.create_future()
+
+    def finish(self, error: BaseException | None) -> None:
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+
+
+def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
+    """Run a group of jobs in one transaction; a job that refuses (no budget) takes only itself out."""
+    outcome: list[tuple[_Job, BaseException | None]] = []
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for job in group:
+            try:
+                job.work(db)
+                outcome.append((job, None))
+            except SynthmillError as refusal:
+                outcome.append((job, refusal))
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        failure = SynthmillError(
+            f"the reply store cannot be written: {error}; nothing more is asked, because it could not be kept",
+            "free some disk or open data/cache for writing, then run the same command",
+        )
+        outcome = [(job, failure) for job in group]
+    for job, refused in outcome:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            job.loop.call_soon_threadsafe(job.finish, refused)
+
+
+def _bill(db: sqlite3.Connection, e: Entry) -> None:
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    db.execute(
+        "INSERT INTO ledger (key, model, run, track, stage, day, input, output, cached, nano, batch) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (e.key, e.model, e.run, e.track, e.stage, day, e.input, e.output, e.cached, e.nano, e.batch),
+    )
+    db.execute(
+        "INSERT INTO spent VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET nano = nano + excluded.nano", (e.run, e.nano)
+    )
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == SCHEMA:
+            return db
+        db.execute("BEGIN IMMEDIATE")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if version == 0 and tables == 0:
+            for statement in _TABLES.strip().split(";\n"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+        db.execute("COMMIT")
+    except sqlite3.DatabaseError as error:
+        raise SettingsError(
+            f"the reply store {path} cannot be opened: {error}",
+            f"mv {path} {path}.broken and run again (its answers would be paid for again), or restore a backup",
+        ) from None
+    if version not in (0, SCHEMA) or (version == 0 and tables):
+        db.close()
+        raise SettingsError(
+            f"the reply store {path} has schema version {version}; this code reads {SCHEMA}. It was not touched.",
+            "check out the code that wrote it, or move it away (its answers would be paid for again)",
+        )
+    return db

@@ -1,0 +1,658 @@
+"""What every stage does, so that a stage's ``main.py`` holds only what is particular to it.
+
+A stage is called with the same five flags and writes the same three files::
+
+    python stages/02_merge/main.py --in data/trial/compression/01_acquire.jsonl \\
+        --out data/trial/compression/02_merge.jsonl --config stages/02_merge/trial.toml --track compression --limit 0
+
+    02_merge.rejects.jsonl   what does not go on, with reasons       renamed into place first
+    02_merge.report.json     counts, cost, hashes, versions          then this
+    02_merge.jsonl           what goes on, in input order            last: if it is there, all three are whole
+
+A killed stage leaves the previous good files: everything is written to ``.part`` files beside them, synced, and
+renamed only when ``planned = kept + rejected`` holds. The shape of a stage::
+
+    class Params(Settings):
+        min_chars: int = 100
+
+    def main(stage: Stage[Params]) -> None:
+        for record in stage.read(RawText):
+            if len(record.text) < stage.params.min_chars:
+                stage.reject(record, "too_short", f"{len(record.text)} characters")
+            else:
+                stage.keep(record)
+
+    if __name__ == "__main__":
+        run(main, Params)
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from shared import apis
+from shared.errors import AccountingError, MixedApisError, NothingKeptError, SettingsError, SynthmillError
+from shared.records import SCHEMA_VERSION, Record, Reject
+
+if TYPE_CHECKING:
+    from shared.llm import Models
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINE_BYTES = 1_000_000
+"""A longer input line goes to the rejects: the longest text a stage keeps is a few kilobytes, so it is not ours."""
+
+
+class Settings(BaseModel):
+    """Base of every stage's settings: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+P = TypeVar("P", bound=Settings)
+R = TypeVar("R", bound=Record)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def load_settings(path: Path, kind: type[P], track: str = "") -> P:
+    """Settings from a TOML file; a table ``[tracks.<track>]`` overrides the keys above it for that track.
+
+    Raises:
+        SettingsError: the file is missing or not TOML, a key is unknown (the nearest valid one is named), a value
+            has the wrong type or is out of range.
+    """
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"no settings at {shown(path)}", f"git checkout -- {shown(path)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{shown(path)} is not TOML: {error}", f"edit {shown(path)}") from None
+    overrides = values.pop("tracks", {})
+    values |= overrides.get(track, {})
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_problem(e, kind)}" for e in error.errors())
+        raise SettingsError(f"{shown(path)}:\n{problems}", f"edit {shown(path)}") from None
+
+
+def _problem(error: Any, kind: type[BaseModel]) -> str:
+    """One line for one pydantic error, naming the key and, for an unknown one, the nearest valid key."""
+    place = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+    name = ".".join(str(part) for part in place)
+    if error["type"] == "extra_forbidden":
+        valid = sorted(_keys_at(kind, place[:-1]))
+        near = difflib.get_close_matches(str(place[-1]), valid, n=1, cutoff=0.0)
+        return f"unknown key {name!r}; the nearest valid key is {near[0]!r}" if near else f"unknown key {name!r}"
+    if error["type"] == "missing":
+        return f"missing key {name!r}"
+    return f"{name}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def _keys_at(kind: Any, place: Iterable[Any]) -> set[str]:
+    """The valid keys of the model that sits at ``place`` inside ``kind``; of all its variants for a union."""
+    kinds = [kind]
+    for part in place:
+        nested: list[Any] = []
+        for model in kinds:
+            annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else model
+            nested += _models_in(annotation)
+        kinds = nested or kinds
+    return {name for model in kinds for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every pydantic model named in an annotation, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]
+
+
+# ---------------------------------------------------------------- files
+
+
+def shown(path: Path) -> str:
+    """A path for a person: relative to the repository when it is inside it."""
+    try:
+        return str(path.resolve().relative_to(ROOT))
+    except ValueError:
+        return str(path)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open ``path`` for writing; it appears, synced and whole, when the block ends without an exception."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _replace_dir(new: Path, old: Path) -> None:
+    """Put a directory in the place of another; killed in between, the next run makes it again."""
+    aside = old.with_name(f".{old.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        os.replace(old, aside)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex; of a directory: of its relative file names and their hashes, caches left out."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            digest.update(f"{file.relative_to(path)}\0{sha256_of(file)}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_records(path: Path, kind: Any) -> Iterator[Any]:
+    """The records of a finished ``.jsonl``; ``kind`` is a record class or a union of them.
+
+    Raises:
+        SettingsError: a line is not such a record, or was written by another schema version.
+    """
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            reason, detail, record = parse_line(line, adapter)
+            if record is None:
+                raise SettingsError(
+                    f"{shown(path)}:{number}: {reason}: {detail}", f"rm {shown(path)} and make it again"
+                )
+            yield record
+
+
+def parse_line(line: bytes, adapter: TypeAdapter[Any]) -> tuple[str, str, Any]:
+    """``(reason, detail, None)`` for a line that is no record, ``("", "", record)`` for one that is.
+
+    Raises:
+        SettingsError: the line is a record of another schema version: the whole file is, so no line is misread.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        return "line_too_long", f"{len(line):,} bytes; at most {MAX_LINE_BYTES:,}", None
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return ("nul_bytes" if b"\0" in line else "not_json"), str(error), None
+    if not isinstance(value, dict):
+        return "not_a_record", f"expected a JSON object, got {type(value).__name__}", None
+    version = value.get("schema_version")
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        raise SettingsError(
+            f"a record was written with schema version {version}; this code reads version {SCHEMA_VERSION}",
+            "make clean (paid replies stay in data/cache), then run again; or check out the code that wrote it",
+        )
+    try:
+        return "", "", adapter.validate_python(value, strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return "not_a_record", f"{place}: {first['msg']}", None
+
+
+# ---------------------------------------------------------------- the stage
+
+
+@dataclass
+class Stage(Generic[P]):
+    """One run of one stage over one track. Made by :func:`run`; a stage's ``main`` reads, keeps and rejects through it.
+
+    Attributes:
+        name: ``NN_name``, from the directory of the script.
+        run: ``trial`` or ``full``, from the directory of the output.
+        track: from ``--track``.
+        params: the settings, checked.
+        limit: at most this many input records; 0 = all.
+        summary: what the stage wants to say in its report, by name.
+        tables: lines the stage wants printed after its closing line.
+    """
+
+    name: str
+    script: Path
+    input: Path | None
+    output: Path
+    config: Path
+    track: str
+    limit: int
+    params: P
+    apis: str
+    planned: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    summary: dict[str, Any] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _sides: dict[str, Path] = field(default_factory=dict)
+    _dirs: dict[str, Path] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+    _started_at: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    @property
+    def run(self) -> str:
+        return self.output.parent.parent.name
+
+    @property
+    def cache(self) -> Path:
+        """``data/cache``: replies, clones, generations; shared by all runs, safe to keep, dear to rebuild."""
+        return self.output.parent.parent.parent / "cache"
+
+    # -- in
+
+    def read(self, kind: Any, path: Path | None = None) -> Iterator[Any]:
+        """The input's records, in order, each counted as planned; a line that is no record goes to the rejects."""
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        source = path or self.input
+        if source is None:
+            raise SettingsError(f"{self.name} needs --in", f"make stage{int(self.name[:2])}")
+        if not source.exists():
+            raise SettingsError(f"no input at {shown(source)}", f"make {shown(source)}")
+        total = min(n for n in (count_lines(source), self.limit or sys.maxsize))
+        with open(source, "rb") as lines, self.progress(total) as bar:
+            for number, line in enumerate(lines):
+                if self.limit and number >= self.limit:
+                    return
+                self.plan()
+                reason, detail, record = parse_line(line, adapter)
+                if record is None:
+                    self._unreadable.write(self._raw_reject(line, reason, f"line {number + 1}: {detail}").line())
+                    self.rejected[reason] += 1
+                else:
+                    yield record
+                bar.step()
+
+    def plan(self, count: int = 1) -> None:
+        """Announce records this stage will keep or reject; ``read`` does it for every input line."""
+        self.planned += count
+
+    # -- out
+
+    def keep(self, record: Record) -> None:
+        """The record goes on."""
+        self._out.write(record.line())
+        self.kept += 1
+
+    def reject(self, record: Record, reason: str, detail: str = "", match: str | None = None) -> None:
+        """The record stops here, whole, with the reason."""
+        body = record.model_dump(mode="json", exclude_none=True)
+        self._write_reject(Reject(stage=self.name, reason=reason, detail=detail, match=match, record=body))
+
+    def reject_raw(self, raw: str | bytes, reason: str, detail: str = "") -> None:
+        """Something that never became a record stops here, byte for byte."""
+        self._write_reject(self._raw_reject(raw, reason, detail))
+
+    def _raw_reject(self, raw: str | bytes, reason: str, detail: str) -> Reject:
+        data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+        try:
+            return Reject(stage=self.name, reason=reason, detail=detail, raw=data.decode("utf-8"))
+        except UnicodeDecodeError:
+            encoded = base64.b64encode(data).decode("ascii")
+            return Reject(stage=self.name, reason=reason, detail=detail, raw_base64=encoded)
+
+    def _write_reject(self, reject: Reject) -> None:
+        self._rejects.write(reject.line())
+        self.rejected[reject.reason] += 1
+
+    def side_file(self, suffix: str) -> Path:
+        """A path to write an extra file to; it is renamed to ``NN_stage<suffix>`` before the ``.jsonl``."""
+        part = self.output.with_name(f".{self.output.stem}{suffix}.part")
+        self._sides[suffix] = part
+        return part
+
+    def side_dir(self, name: str) -> Path:
+        """An empty directory to fill; it replaces ``name`` beside the output before the ``.jsonl`` appears."""
+        part = self.output.with_name(f".{name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        self._dirs[name] = part
+        return part
+
+    @cached_property
+    def _out(self) -> IO[bytes]:
+        return self._stack.enter_context(open(self._part(self.output), "wb"))
+
+    @cached_property
+    def _rejects(self) -> IO[bytes]:
+        return self._stack.enter_context(open(self._part(self.beside(".rejects.jsonl")), "wb"))
+
+    @cached_property
+    def _unreadable(self) -> IO[bytes]:
+        # Apart from the other rejects, because reading runs ahead of deciding by an amount that depends on timing;
+        # the file begins with these, in line order, so its bytes do not.
+        return self._stack.enter_context(open(self._part(self.beside(".unreadable")), "w+b"))
+
+    @staticmethod
+    def _part(path: Path) -> Path:
+        return path.with_name(f".{path.name}.part")
+
+    def beside(self, suffix: str) -> Path:
+        """The file of this stage with another suffix: ``beside(".report.json")``."""
+        return self.output.with_name(self.output.stem + suffix)
+
+    # -- what a stage may use
+
+    @cached_property
+    def models(self) -> Models:
+        """Ask models through this; see :mod:`shared.llm`. Made on first use, closed with the stage."""
+        from shared.llm import Models
+        from shared.llm.models import budget_from_env
+
+        return self._stack.enter_context(
+            Models(self.cache, self.apis, self.run, self.name, self.track, budget_usd=budget_from_env())
+        )
+
+    def services(self) -> None:
+        """Point the SDKs of every paid service and of the Hub at the stand-in when ``APIS=mock``; nothing when live."""
+        apis.connect(self.apis, self._stack)
+
+    def prompt(self, name: str) -> str:
+        """The text of ``prompts/<name>`` beside the stage's script."""
+        return (self.script.parent / "prompts" / name).read_text("utf-8")
+
+    @contextmanager
+    def progress(self, total: int) -> Iterator[Progress]:
+        """A bar on stderr when it is a terminal, a plain line every ten seconds when it is not."""
+        bar = Progress(self.name, total)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    # -- the end
+
+    def finish(self) -> None:
+        """Check the account, write the report, rename everything into place, the ``.jsonl`` last.
+
+        Raises:
+            AccountingError: planned is not kept + rejected.
+            NothingKeptError: something was planned and nothing is kept; rejects and report are written.
+        """
+        rejected = sum(self.rejected.values())
+        if self.planned != self.kept + rejected:
+            raise AccountingError(
+                f"{self.name}: planned {self.planned} is not kept {self.kept} + rejected {rejected}: records were lost",
+                "please report this with the command above; the previous output is untouched",
+            )
+        if "_unreadable" in self.__dict__:
+            self._prepend_unreadable()
+        for file in (self._out, self._rejects):
+            file.flush()
+            os.fsync(file.fileno())
+        spending = self.models.spending() if "models" in self.__dict__ else None
+        seconds = time.monotonic() - self._started
+        report = self._report(spending, seconds)
+        os.replace(self._part(self.beside(".rejects.jsonl")), self.beside(".rejects.jsonl"))
+        for suffix, part in self._sides.items():
+            os.replace(part, self.beside(suffix))
+        for name, part in self._dirs.items():
+            _replace_dir(part, self.output.with_name(name))
+        with atomic(self.beside(".report.json")) as file:
+            file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        self._say(spending, seconds)
+        if not self.kept:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in self.rejected.most_common(5)) or "the input is empty"
+            raise NothingKeptError(
+                f"{self.name}: 0 of {self.planned} records go on ({reasons})",
+                f"look at {shown(self.beside('.rejects.jsonl'))}, then edit {shown(self.config)}",
+            )
+        os.replace(self._part(self.output), self.output)
+        fd = os.open(self.output.parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+    def _prepend_unreadable(self) -> None:
+        self._rejects.flush()
+        whole, decided = self._unreadable, self._part(self.beside(".rejects.jsonl"))
+        with open(decided, "rb") as rest:
+            shutil.copyfileobj(rest, whole)
+        whole.flush()
+        os.fsync(whole.fileno())
+        os.replace(self._part(self.beside(".unreadable")), decided)
+
+    def _report(self, spending: Any, seconds: float) -> dict[str, Any]:
+        prompts = self.script.parent / "prompts"
+        inputs = [
+            self.config,
+            self.script,
+            *([prompts] if prompts.is_dir() else []),
+            *([self.input] if self.input else []),
+        ]
+        return {
+            "stage": self.name,
+            "run": self.run,
+            "track": self.track,
+            "apis": self.apis,
+            "counts": {
+                "planned": self.planned,
+                "kept": self.kept,
+                "rejected": sum(self.rejected.values()),
+                "reasons": dict(sorted(self.rejected.items())),
+            },
+            "spending": spending.model_dump() if spending else None,
+            "summary": self.summary,
+            "settings": self.params.model_dump(mode="json"),
+            "limit": self.limit,
+            "inputs": {shown(path): sha256_of(path) for path in inputs},
+            "output": {shown(self.output): sha256_of(self._part(self.output))},
+            "shared": sha256_of(ROOT / "shared"),
+            "schema_version": SCHEMA_VERSION,
+            "git": git_revision(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": packages(),
+            "started_at": self._started_at,
+            "seconds": round(seconds, 3),
+        }
+
+    def _say(self, spending: Any, seconds: float) -> None:
+        line = f"{self.name}  in {self.planned}  kept {self.kept}  rejected {sum(self.rejected.values())}"
+        if spending:
+            line += f"  calls {spending.calls}  cached {spending.cached}  ${spending.cost_usd:.4f}"
+        print(f"{line}  {seconds:.1f} s", file=sys.stderr)
+        for table in self.tables:
+            print(table, file=sys.stderr)
+
+    def _discard(self) -> None:
+        self._stack.close()
+        parts = [self._part(self.beside(suffix)) for suffix in (".jsonl", ".rejects.jsonl", ".unreadable")]
+        for path in [*parts, *self._sides.values()]:
+            path.unlink(missing_ok=True)
+        for path in self._dirs.values():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- running one
+
+
+def run(main: Callable[[Stage[P]], None], params: type[P]) -> NoReturn:
+    """Parse the flags, load the settings, run ``main``, write the files, exit.
+
+    Exit codes: 0 the files are whole; the error's own (see :mod:`shared.errors`) otherwise; 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        stage = _from_flags(Path(sys.argv[0]).resolve(), params)
+        with _locked(stage.output):
+            try:
+                main(stage)
+                stage.finish()
+            finally:
+                stage._discard()
+    except SynthmillError as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted: every answer received is saved; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (28, 30, 13):  # no space, read-only file system, permission denied
+            raise
+        sys.exit(
+            _complain(SynthmillError(f"cannot write: {error}", "free or open that place, then run the same command"))
+        )
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    signal.raise_signal(
+        signal.SIGINT
+    )  # whoever handles Ctrl-C at the moment (asyncio does, while it runs) handles this
+
+
+def _complain(error: SynthmillError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _from_flags(script: Path, params: type[P]) -> Stage[P]:
+    parser = argparse.ArgumentParser(prog=shown(script), description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--in", dest="input", type=Path, metavar="FILE", help="records to read; none for a first stage")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="data/<run>/<track>/NN_stage.jsonl")
+    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="settings, TOML")
+    parser.add_argument("--track", required=True, help="compression, grounded or patterns")
+    parser.add_argument("--limit", type=int, default=0, help="read at most this many records; 0 = all")
+    flags = parser.parse_args()
+    name = script.parent.name
+    if flags.limit < 0:
+        raise SettingsError(f"--limit must be 0 (all) or more, got {flags.limit}", "use LIMIT=0")
+    settings = load_settings(flags.config, params, flags.track)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    mode = apis.decide()
+    _belongs(flags.out.parent.parent, mode)
+    return Stage(name, script, flags.input, flags.out, flags.config, flags.track, flags.limit, settings, mode)
+
+
+def _belongs(directory: Path, mode: str) -> None:
+    """Record whether a run directory is live's or the stand-in's; refuse to mix.
+
+    Raises:
+        MixedApisError: the directory belongs to the other one.
+    """
+    mark = directory / ".apis"
+    try:
+        with open(mark, "x", encoding="utf-8") as file:
+            file.write(f"{mode}\n")
+        return
+    except FileExistsError:
+        owner = mark.read_text("utf-8").strip()
+    if owner and owner != mode:
+        run_name = directory.name
+        raise MixedApisError(
+            f"{shown(directory)} holds outputs of APIS={owner}; this command has APIS={mode}. They never mix.",
+            f"make clean RUN={run_name}   (replies stay in data/cache), or run with APIS={owner}",
+        )
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the output's lock; the kernel drops it when the process dies, however it dies.
+
+    Raises:
+        SettingsError: another process is writing the same output.
+    """
+    with open(output.with_name(f".{output.name}.lock"), "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"another process is writing {shown(output)}", "wait for it, or stop it, then run the same command"
+            ) from None
+        yield
+
+
+# ---------------------------------------------------------------- small things
+
+
+class Progress:
+    """One progress bar on stderr, or plain lines where stderr is no terminal."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._bar: Any = None
+        self._next = time.monotonic() + self.EVERY_S
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=name, unit="rec", leave=False, dynamic_ncols=True)
+
+    def step(self) -> None:
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif time.monotonic() >= self._next:
+            print(f"{self.name}  {self.done}/{self.total}", file=sys.stderr)
+            self._next = time.monotonic() + self.EVERY_S
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def count_lines(path: Path) -> int:
+    """Lines in a file; a last line without a newline counts."""
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
+
+
+def git_revision() -> str:
+    """``<commit>`` or ``<commit>-dirty``; ``unknown`` outside a repository or without git."""
+    if pinned := os.environ.get("SYNTHMILL_REVISION"):
+        return pinned
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def packages() -> dict[str, str]:
+    """Installed versions of the packages that the imported modules come from."""
+    names = importlib.metadata.packages_distributions()
+    loaded = {module.split(".")[0] for module in sys.modules}
+    wanted = {dist for module, dists in names.items() if module in loaded for dist in dists}
+    return {dist: importlib.metadata.version(dist) for dist in sorted(wanted, key=str.lower)}

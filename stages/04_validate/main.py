@@ -1,0 +1,151 @@
+"""04 validate: Pair -> Pair + verdicts of a model panel; only pairs every panel model finds task-equivalent go on.
+
+Every panel model does the domain's tasks twice, from the verbose and from the compressed text (see shared/panel.py).
+Failed pairs go to the rejects with all their scores. With ``limit`` set, a subset is validated first and the rest is
+rejected as ``pending``; raising the limit later pays only for the rest.
+
+Cost: per pair, panel x tasks x 2 answers (the verbose half only once per text) and as many small embeddings; at
+claude-haiku-5-5 and gpt-6-luna about $0.001 a pair. `make estimate` says it for your data.
+
+    python stages/04_validate/main.py --in data/trial/compression/03_compress.jsonl \\
+        --out data/trial/compression/04_validate.jsonl --config stages/04_validate/trial.toml --track compression
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter
+
+from shared.panel import TASKS, Panel, Unjudged
+from shared.records import Domain, Pair, Verdicts, content_id
+from shared.stage import Settings, Stage, parse_line, run
+
+PROMPTS = ("system", "judge", *TASKS)
+
+
+class Params(Settings):
+    """Settings of 04; see trial.toml for the unit of each."""
+
+    panel: tuple[str, ...] = Field(min_length=1)
+    tasks: dict[Domain, tuple[str, ...]]
+    embedder: str
+    dimensions: int = Field(512, ge=1)
+    threshold: float = Field(0.80, ge=0, le=1)
+    judge: str = ""
+    limit: int = Field(0, ge=0)
+    seed: int = 0
+    concurrency: int = Field(4, ge=1)
+    max_tokens: int = Field(1024, ge=64)
+
+
+def subset(path: Path, limit: int, seed: int) -> set[str] | None:
+    """Ids of the pairs to validate now: ``limit`` a domain, None for all.
+
+    Stratified by source: each source's pairs are spread evenly over the order, so any first ``limit`` of it has the
+    sources' shares. Cost-aware: within a source, pairs come in the order of a sample without replacement with
+    weights 1/cost (Efraimidis and Spirakis 2006), so money is spent on many short pairs before few long ones. The
+    order depends on the seed and the ids alone: a larger limit only adds.
+    """
+    if not limit:
+        return None
+    strata: dict[tuple[Domain, str], list[tuple[float, str]]] = defaultdict(list)
+    adapter = TypeAdapter(Pair)
+    with open(path, "rb") as lines:
+        for line in lines:
+            pair: Pair | None = parse_line(line, adapter)[2]
+            if pair is not None:
+                cost = pair.generation.verbose_tokens + pair.generation.compressed_tokens
+                u = (int(content_id(str(seed), pair.id), 16) + 1) / 2**128
+                strata[pair.domain, pair.source].append((-math.log(u) * cost, pair.id))
+    orders: dict[Domain, list[tuple[float, str]]] = defaultdict(list)
+    for (domain, _), rows in strata.items():
+        orders[domain] += [((place + 0.5) / len(rows), id_) for place, (_, id_) in enumerate(sorted(rows))]
+    return {id_ for order in orders.values() for _, id_ in sorted(order)[:limit]}
+
+
+class Scores:
+    """Running totals for the report: by domain, by source, by panel model."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str], list[tuple[bool, float, float]]] = defaultdict(list)
+
+    def add(self, pair: Pair, verdicts: Verdicts) -> None:
+        ratio = pair.generation.compression_ratio
+        for group in (("all", ""), ("domain", pair.domain), ("source", pair.source)):
+            self.rows[group].append((verdicts.passed, ratio, verdicts.min_equivalence))
+        for verdict in verdicts.panel:
+            passed = verdict.equivalence >= verdicts.threshold
+            self.rows["model", verdict.model].append((passed, ratio, verdict.equivalence))
+
+    def summary(self) -> dict[str, Any]:
+        """``{"domain code": {"pairs", "pass_rate", "compression_ratio", "mean_equivalence"}}``."""
+        return {
+            f"{kind} {name}".strip(): {
+                "pairs": len(rows),
+                "pass_rate": round(sum(passed for passed, _, _ in rows) / len(rows), 4),
+                "compression_ratio": round(sum(ratio for _, ratio, _ in rows) / len(rows), 4),
+                "mean_equivalence": round(sum(score for _, _, score in rows) / len(rows), 4),
+            }
+            for (kind, name), rows in sorted(self.rows.items())
+        }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for a terminal."""
+    head = f"  {'':40} {'pairs':>6} {'passed':>7} {'ratio':>6} {'equivalence':>11}"
+    lines = [
+        f"  {name:40} {row['pairs']:6} {row['pass_rate']:7.1%} {row['compression_ratio']:6.1%}"
+        f" {row['mean_equivalence']:11.3f}"
+        for name, row in summary.items()
+    ]
+    return "\n".join([head, *lines])
+
+
+def main(stage: Stage[Params]) -> None:
+    # -- load
+    p = stage.params
+    panel = Panel(
+        stage.models,
+        p.panel,
+        p.tasks,
+        {name: stage.prompt(f"{name}.txt") for name in PROMPTS},
+        embedder=p.embedder,
+        dimensions=p.dimensions,
+        max_tokens=p.max_tokens,
+        threshold=p.threshold,
+        judge=p.judge,
+    )
+    chosen = subset(stage.input, p.limit, p.seed) if stage.input else None
+
+    # -- process
+    async def verdicts_on(pair: Pair) -> Verdicts | Unjudged | None:
+        if chosen is not None and pair.id not in chosen:
+            return None
+        return await panel.compare(pair.domain, pair.verbose, pair.compressed)
+
+    scores = Scores()
+    for pair, verdicts in stage.models.map(verdicts_on, stage.read(Pair), p.concurrency):
+        if verdicts is None:
+            stage.reject(pair, "pending", f"not among the first {p.limit} a domain; raise limit to validate it")
+        elif isinstance(verdicts, Unjudged):
+            stage.reject(pair, verdicts.reason, verdicts.detail)
+        else:
+            scores.add(pair, verdicts)
+            judged = pair.with_field(verdicts=verdicts)
+            if verdicts.passed:
+                stage.keep(judged)
+            else:
+                lowest = min(verdicts.panel, key=lambda v: v.equivalence)
+                stage.reject(judged, "not_equivalent", f"{lowest.model}: {lowest.equivalence:.3f} of {p.threshold}")
+
+    # -- save
+    stage.summary |= scores.summary()
+    stage.tables.append(table(stage.summary))
+
+
+if __name__ == "__main__":
+    run(main, Params)

@@ -1,0 +1,95 @@
+"""The directories that 13 writes beside its records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from shared.records import Example
+
+SPLITS = ("train", "valid", "test")
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+def write_training(directory: Path, examples: Sequence[Example]) -> None:
+    """``{train,valid,test}.jsonl`` of ``{"messages": [...]}``: the chat format of mlx_lm.lora (mlx-lm 0.32.2)."""
+    for split in SPLITS:
+        _write_messages(directory / f"{split}.jsonl", [e for e in examples if e.split == split])
+
+
+def write_openai(directory: Path, examples: Sequence[Example]) -> None:
+    """``{train,valid}.jsonl`` in OpenAI's chat fine-tuning format (platform docs, supervised fine-tuning).
+
+    The test split is left out: what is uploaded to a vendor cannot be held out any more.
+    """
+    for split in SPLITS[:2]:
+        _write_messages(directory / f"{split}.jsonl", [e for e in examples if e.split == split])
+
+
+def _write_messages(path: Path, examples: Sequence[Example]) -> None:
+    with open(path, "wb") as file:
+        for example in examples:
+            messages = [message.model_dump() for message in example.messages]
+            file.write(orjson.dumps({"messages": messages}, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def write_dataset(
+    directory: Path, examples: Sequence[Example], *, name: str, languages: Sequence[str], apis: str
+) -> None:
+    """A dataset repository: ``data/<split>.parquet`` and a card made from what is in it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    text = ("id", "domain", "source", "origin", "language", "category", "licence", "group")
+    schema = pa.schema(
+        [
+            *((column, pa.string()) for column in text),
+            ("messages", pa.list_(message)),
+            ("quality", pa.float64()),
+            ("compression_ratio", pa.float64()),
+        ]
+    )
+    (directory / "data").mkdir()
+    for split in SPLITS:
+        rows = [e.model_dump(include=set(schema.names), mode="json") for e in examples if e.split == split]
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), directory / "data" / f"{split}.parquet")
+    (directory / "README.md").write_text(card(examples, name=name, languages=languages, apis=apis), "utf-8")
+
+
+def card(examples: Sequence[Example], *, name: str, languages: Sequence[str], apis: str) -> str:
+    """The dataset card: front matter the Hub reads, then where every row came from."""
+    from huggingface_hub import DatasetCardData
+
+    licences = Counter(e.licence for e in examples)
+    data = DatasetCardData(
+        language=list(languages),
+        license=next(iter(licences)).lower() if len(licences) == 1 else "other",
+        task_categories=["text-generation"],
+        size_categories=[next((size for most, size in SIZES if len(examples) < most), "n>1M")],
+        pretty_name=name,
+        tags=["synthetic", "synthmill"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": s, "path": f"data/{s}.parquet"} for s in SPLITS],
+            }
+        ],
+    )
+    made = (
+        "\n> Made with a stand-in instead of real models: for trying the pipeline, not for training.\n"
+        if apis == "mock"
+        else ""
+    )
+    sources = Counter((e.source, e.licence) for e in examples)
+    rows = "\n".join(f"| {source} | {licence} | {count} |" for (source, licence), count in sorted(sources.items()))
+    splits = ", ".join(f"{sum(e.split == s for e in examples):,} {s}" for s in SPLITS)
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n{made}\n{len(examples):,} examples ({splits}). Each row keeps its "
+        "`origin` (repository, commit, path and lines, or dataset row) and the licence of what it was made from; "
+        "near-duplicates share `group` and never straddle splits.\n\n"
+        f"| source | licence | examples |\n|---|---|---|\n{rows}\n"
+    )
