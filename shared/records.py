@@ -13,8 +13,10 @@ Rules every record keeps:
     Record
     ├── Sourced          + where the bytes came from and under which licence
     │   ├── RawText      01 acquire, 02 merge
+    │   ├── QAPair       05 extract_qa, 06 validate_qa
     │   └── Item         + embedding, cluster, choice: what 10 to 13 need
-    │       └── Pair     03 compress, 04 validate, 10 to 12
+    │       ├── Pair         03 compress, 04 validate, 10 to 12
+    │       └── Conversation 07 converse, 08 pattern, 09 judge, 10 to 12
     └── Example          13 format
 """
 
@@ -246,6 +248,110 @@ class Pair(Item):
         return self.generation.compression_ratio
 
 
+class Validation(Part):
+    """06 validate_qa: another model's view of a pair against the chunk it was made from."""
+
+    model: str
+    supported: bool
+    complete: bool
+    self_contained: bool
+    no_invention: bool
+    reason: str
+    passed: bool
+
+
+class QAPair(Sourced):
+    """05 extract_qa: a question and its answer from one chunk of a facts file.
+
+    Attributes:
+        chunk: the text the pair was made from, context lines included; ``parents`` holds its content id.
+        quote: the words of the chunk that support the answer; they occur in it, letter by letter but for white space.
+    """
+
+    kind: Literal["qa_pair"] = "qa_pair"
+    section: str
+    chunk: str
+    question: str
+    answer: str
+    quote: str
+    difficulty: Literal["basic", "intermediate", "advanced"]
+    categories: tuple[str, ...]
+    generated_by: str
+    validation: Validation | None = None
+
+
+class Plan(Part):
+    """What a conversation is to be, drawn before anything is asked; see 07 for the values and shares."""
+
+    persona: str
+    style: str
+    system_prompt: str
+    emotion: str
+    modality: str
+    variation: str
+    turns: int
+    difficulty: str
+
+
+class Criterion(Part):
+    """One boolean of a rubric; ``quote`` is where the conversation shows it, ``""`` when none was asked for."""
+
+    name: str
+    passed: bool
+    quote: str = ""
+
+
+class Judgement(Part):
+    """09 judge: passes only when every criterion does."""
+
+    model: str
+    criteria: tuple[Criterion, ...]
+    feedback: str
+    issues: tuple[str, ...]
+    passed: bool
+
+
+class Grounding(Part):
+    """What a conversation may state as fact: the pair it was seeded by and the chunk behind it."""
+
+    question: str
+    answer: str
+    chunk: str
+
+
+class Conversation(Item):
+    """07 converse, 08 pattern: a dialogue, with the plan it was made from.
+
+    Attributes:
+        messages: system (grounded only), then user and assistant in turn, ending with assistant.
+        plan: grounded: what was drawn for it.
+        grounding: grounded: what it may state.
+        topic, patterns, learning_notes: patterns: what it is about, which patterns it must show, what they teach.
+        generated_by: model, ``provider/name``.
+    """
+
+    kind: Literal["conversation"] = "conversation"
+    messages: tuple[Message, ...]
+    generated_by: str
+    plan: Plan | None = None
+    grounding: tuple[Grounding, ...] = ()
+    topic: str = ""
+    patterns: tuple[str, ...] = ()
+    learning_notes: tuple[str, ...] = ()
+    judgement: Judgement | None = None
+
+    def content(self) -> str:
+        return "\n\n".join(message.content for message in self.messages if message.role != "system")
+
+    def quality(self) -> float:
+        if self.judgement is None:
+            return 0.0
+        return sum(c.passed for c in self.judgement.criteria) / len(self.judgement.criteria)
+
+    def chat(self, system: str, user: str) -> tuple[Message, ...]:
+        return self.messages
+
+
 class Example(Record):
     """13 format: one training example.
 
@@ -269,8 +375,8 @@ class Example(Record):
     compression_ratio: float | None = None
 
 
-AnyItem = Pair
-"""Any record that 10 to 13 take: a union discriminated by ``kind`` as soon as a second track brings its own."""
+AnyItem = Annotated[Pair | Conversation, Field(discriminator="kind")]
+"""Any record that 10 to 13 take."""
 
 
 class Reject(Part):

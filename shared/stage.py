@@ -243,6 +243,7 @@ class Stage(Generic[P]):
         limit: at most this many input records; 0 = all.
         summary: what the stage wants to say in its report, by name.
         tables: lines the stage wants printed after its closing line.
+        no_go: why the records must not go on although each is good; report and rejects are written, the output is not.
     """
 
     name: str
@@ -259,6 +260,7 @@ class Stage(Generic[P]):
     rejected: Counter[str] = field(default_factory=Counter)
     summary: dict[str, Any] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
+    no_go: str = ""
     _stack: ExitStack = field(default_factory=ExitStack)
     _sides: dict[str, Path] = field(default_factory=dict)
     _dirs: dict[str, Path] = field(default_factory=dict)
@@ -276,8 +278,11 @@ class Stage(Generic[P]):
 
     # -- in
 
-    def read(self, kind: Any, path: Path | None = None) -> Iterator[Any]:
-        """The input's records, in order, each counted as planned; a line that is no record goes to the rejects."""
+    def read(self, kind: Any, path: Path | None = None, *, seeds: bool = False) -> Iterator[Any]:
+        """The input's records, in order, each counted as planned; a line that is no record goes to the rejects.
+
+        ``seeds``: the records are not what this stage passes on but what it starts from; only bad lines are counted.
+        """
         adapter: TypeAdapter[Any] = TypeAdapter(kind)
         source = path or self.input
         if source is None:
@@ -289,8 +294,9 @@ class Stage(Generic[P]):
             for number, line in enumerate(lines):
                 if self.limit and number >= self.limit:
                     return
-                self.plan()
                 reason, detail, record = parse_line(line, adapter)
+                if not seeds or record is None:
+                    self.plan()
                 if record is None:
                     self._unreadable.write(self._raw_reject(line, reason, f"line {number + 1}: {detail}").line())
                     self.rejected[reason] += 1
@@ -402,7 +408,7 @@ class Stage(Generic[P]):
 
         Raises:
             AccountingError: planned is not kept + rejected.
-            NothingKeptError: something was planned and nothing is kept; rejects and report are written.
+            NothingKeptError: nothing is kept, or a gate says no go; rejects and report are written.
         """
         rejected = sum(self.rejected.values())
         if self.planned != self.kept + rejected:
@@ -420,6 +426,8 @@ class Stage(Generic[P]):
         report = self._report(spending, seconds)
         os.replace(self._part(self.beside(".rejects.jsonl")), self.beside(".rejects.jsonl"))
         for suffix, part in self._sides.items():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(part, self.beside(suffix))
         for name, part in self._dirs.items():
             _replace_dir(part, self.output.with_name(name))
@@ -431,6 +439,10 @@ class Stage(Generic[P]):
             raise NothingKeptError(
                 f"{self.name}: 0 of {self.planned} records go on ({reasons})",
                 f"look at {shown(self.beside('.rejects.jsonl'))}, then edit {shown(self.config)}",
+            )
+        if self.no_go:
+            raise NothingKeptError(
+                f"{self.name}: no go: {self.no_go}", f"look at {shown(self.beside('.report.json'))}, then mend the cause"
             )
         os.replace(self._part(self.output), self.output)
         fd = os.open(self.output.parent, os.O_RDONLY)

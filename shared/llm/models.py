@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -233,11 +233,15 @@ class Models:
     async def _send(self, request: Request, wire: dict[str, Any], key: str) -> Answer:
         worst = catalogue().worst_nano(request)
         provider = self._provider(request.provider)
-        async with self._reserved(worst):
+        reserved = await self._reserve(worst)
+        try:
             answer = await self._persist(
                 (request.provider, request.name), lambda: provider.send(wire, request.base_url)
             )
-            await self.store.put(self._entry(key, request.model, answer.usage), wire, answer)
+        except BaseException:
+            await self.store.release(reserved)
+            raise
+        await self.store.put(self._entry(key, request.model, answer.usage), wire, answer, reserved)
         return answer
 
     def _entry(self, key: str, model: str, usage: Usage) -> Entry:
@@ -262,17 +266,12 @@ class Models:
             nano=nano,
         )
 
-    @contextlib.asynccontextmanager
-    async def _reserved(self, nano: int) -> AsyncIterator[None]:
-        """Hold money for a call; nothing to do, and nothing to wait for, without a budget."""
+    async def _reserve(self, nano: int) -> int:
+        """Set money aside for a call; how much was. Nothing to do, and nothing to wait for, without a budget."""
         if self.budget_nano is None or nano == 0:
-            yield
-            return
+            return 0
         await self.store.reserve(self.run, nano, self.budget_nano)
-        try:
-            yield
-        finally:
-            await self.store.release(nano)
+        return nano
 
     async def _persist(self, gate: tuple[str, str], send: Callable[[], Awaitable[R]]) -> R:
         """Send until answered: back off, obey Retry-After, slow down when told to.
@@ -347,11 +346,15 @@ class Models:
     async def _embed_part(self, provider: OpenAI, model: str, part: dict[str, str], dimensions: int) -> None:
         wire = {"model": model.partition("/")[2], "input": list(part.values()), "dimensions": dimensions}
         worst = catalogue().card(model).price().nano(Usage(input=sum(_bound(t) for t in part.values())))
-        async with self._reserved(worst):
+        reserved = await self._reserve(worst)
+        try:
             vectors, usage = await self._persist((provider.name, model), lambda: provider.embed(wire))
-            key = request_key(wire, model, "", 0, 0)
-            packed = {k: array.array("f", v).tobytes() for k, v in zip(part, vectors, strict=True)}
-            await self.store.put_vectors(self._entry(key, model, usage), packed)
+        except BaseException:
+            await self.store.release(reserved)
+            raise
+        key = request_key(wire, model, "", 0, 0)
+        packed = {k: array.array("f", v).tobytes() for k, v in zip(part, vectors, strict=True)}
+        await self.store.put_vectors(self._entry(key, model, usage), packed, reserved)
 
     # -- after
 

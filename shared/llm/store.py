@@ -108,22 +108,22 @@ class Store:
 
     # -- writing, through the one writer thread
 
-    async def put(self, entry: Entry, request: dict[str, Any], answer: Answer) -> None:
-        """Store an answer with its ledger line; returns once both are on disk."""
+    async def put(self, entry: Entry, request: dict[str, Any], answer: Answer, reserved: int = 0) -> None:
+        """Store an answer with its ledger line, and give back what was reserved; returns once all is on disk."""
         packed = zlib.compress(orjson.dumps(request), 1), zlib.compress(answer.model_dump_json().encode(), 1)
 
         def write(db: sqlite3.Connection) -> None:
             db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (entry.key, *packed))
-            _bill(db, entry)
+            self._bill(db, entry, reserved)
 
         await self._write(write)
 
-    async def put_vectors(self, entry: Entry, vectors: dict[str, bytes]) -> None:
-        """Store embeddings with the ledger line of the call that brought them."""
+    async def put_vectors(self, entry: Entry, vectors: dict[str, bytes], reserved: int = 0) -> None:
+        """Store embeddings with the ledger line of the call that brought them; as :meth:`put`."""
 
         def write(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", vectors.items())
-            _bill(db, entry)
+            self._bill(db, entry, reserved)
 
         await self._write(write)
 
@@ -154,10 +154,26 @@ class Store:
         await self._write(write)
 
     async def release(self, nano: int) -> None:
-        """Give back what :meth:`reserve` set aside."""
-        await self._write(
-            lambda db: db.execute("UPDATE reserved SET nano = nano - ? WHERE owner = ?", (nano, self.owner))
+        """Give back what :meth:`reserve` set aside for a call that brought nothing."""
+        if nano:
+            await self._write(lambda db: self._give_back(db, nano))
+
+    def _give_back(self, db: sqlite3.Connection, nano: int) -> None:
+        db.execute("UPDATE reserved SET nano = nano - ? WHERE owner = ?", (nano, self.owner))
+
+    def _bill(self, db: sqlite3.Connection, e: Entry, reserved: int) -> None:
+        day = datetime.datetime.now(datetime.UTC).date().isoformat()
+        db.execute(
+            "INSERT INTO ledger (key, model, run, track, stage, day, input, output, cached, nano, batch) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (e.key, e.model, e.run, e.track, e.stage, day, e.input, e.output, e.cached, e.nano, e.batch),
         )
+        db.execute(
+            "INSERT INTO spent VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET nano = nano + excluded.nano",
+            (e.run, e.nano),
+        )
+        if reserved:
+            self._give_back(db, reserved)
 
     async def _write(self, work: Callable[[sqlite3.Connection], Any]) -> None:
         if self._writer is None:
@@ -223,18 +239,6 @@ def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
     for job, refused in outcome:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             job.loop.call_soon_threadsafe(job.finish, refused)
-
-
-def _bill(db: sqlite3.Connection, e: Entry) -> None:
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    db.execute(
-        "INSERT INTO ledger (key, model, run, track, stage, day, input, output, cached, nano, batch) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (e.key, e.model, e.run, e.track, e.stage, day, e.input, e.output, e.cached, e.nano, e.batch),
-    )
-    db.execute(
-        "INSERT INTO spent VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET nano = nano + excluded.nano", (e.run, e.nano)
-    )
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
+from formats import Format
 
 from shared.records import Example
 
@@ -14,26 +14,11 @@ SPLITS = ("train", "valid", "test")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-def write_training(directory: Path, examples: Sequence[Example]) -> None:
-    """``{train,valid,test}.jsonl`` of ``{"messages": [...]}``: the chat format of mlx_lm.lora (mlx-lm 0.32.2)."""
-    for split in SPLITS:
-        _write_messages(directory / f"{split}.jsonl", [e for e in examples if e.split == split])
-
-
-def write_openai(directory: Path, examples: Sequence[Example]) -> None:
-    """``{train,valid}.jsonl`` in OpenAI's chat fine-tuning format (platform docs, supervised fine-tuning).
-
-    The test split is left out: what is uploaded to a vendor cannot be held out any more.
-    """
-    for split in SPLITS[:2]:
-        _write_messages(directory / f"{split}.jsonl", [e for e in examples if e.split == split])
-
-
-def _write_messages(path: Path, examples: Sequence[Example]) -> None:
-    with open(path, "wb") as file:
-        for example in examples:
-            messages = [message.model_dump() for message in example.messages]
-            file.write(orjson.dumps({"messages": messages}, option=orjson.OPT_APPEND_NEWLINE))
+def write_format(directory: Path, format_: Format, examples: Sequence[Example]) -> None:
+    """One ``<split>.jsonl`` for every split the format has."""
+    for split in format_.splits:
+        with open(directory / f"{split}.jsonl", "wb") as file:
+            file.writelines(format_.line(example.messages) for example in examples if example.split == split)
 
 
 def write_dataset(

@@ -4,7 +4,7 @@ The split comes from a hash of the record's cluster, so near-duplicates share a 
 Beside the records, free of charge:
 
     training/{train,valid,test}.jsonl   {"messages": [...]} lines, as mlx_lm.lora reads them
-    openai/{train,valid}.jsonl          OpenAI fine-tuning, chat format
+    openai/{train,valid}.jsonl          and anthropic/, bedrock/, nanochat/: what vendors and trainers take
     dataset/                            parquet per split and a card, as datasets.load_dataset reads it
 
     python stages/13_format/main.py --in data/trial/compression/12_choose.jsonl \\
@@ -14,8 +14,10 @@ Beside the records, free of charge:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from exports import write_dataset, write_openai, write_training
+from exports import write_dataset, write_format
+from formats import FORMATS
 from pydantic import Field, model_validator
 
 from shared.records import AnyItem, Example, Item, Split, content_id
@@ -33,6 +35,7 @@ class Params(Settings):
     seed: int = 0
     pretty_name: str
     languages: tuple[str, ...] = ("en",)
+    exports: tuple[Literal["training", "openai", "anthropic", "bedrock", "nanochat"], ...] = ("training",)
 
     @model_validator(mode="after")
     def _room_for_training(self) -> Params:
@@ -78,8 +81,12 @@ def main(stage: Stage[Params]) -> None:
     examples = []
     for record in stage.read(AnyItem):
         made = example(record, system, user, p)
+        faults = {name: FORMATS[name].fault(FORMATS[name].line(made.messages)) for name in p.exports}
+        broken = {name: fault for name, fault in faults.items() if fault}
         if any(not message.content.strip() for message in made.messages):
             stage.reject(record, "empty_message", "a turn without text would train nothing")
+        elif broken:
+            stage.reject(record, "format", "; ".join(f"{name}: {fault}" for name, fault in broken.items()))
         else:
             examples.append(made)
             stage.keep(made)
@@ -87,8 +94,8 @@ def main(stage: Stage[Params]) -> None:
     # -- save
     counts = {split: sum(e.split == split for e in examples) for split in ("train", "valid", "test")}
     stage.summary["splits"] = counts
-    write_training(stage.side_dir("training"), examples)
-    write_openai(stage.side_dir("openai"), examples)
+    for name in p.exports:
+        write_format(stage.side_dir(name), FORMATS[name], examples)
     write_dataset(stage.side_dir("dataset"), examples, name=p.pretty_name, languages=p.languages, apis=stage.apis)
     shares = ", ".join(f"{split} {count}" for split, count in counts.items())
     stage.tables.append(f"\n{track_table(stage.output.parent)}\n\n{len(examples)} training examples: {shares}")
