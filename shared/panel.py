@@ -248,8 +248,10 @@ def _facts(text: str) -> set[str]:
 
 
 def _code_facts(text: str) -> set[str]:
-    facts = _negated(text)
-    return facts | {token for token in _tokens(text) if len(token) > 1 and token not in _KEYWORDS and "." not in token}
+    tokens = _tokens(text)
+    numbers = {token for token in tokens if token[0].isdigit()}
+    names = {token for token in tokens if len(token) > 1 and token not in _KEYWORDS and "." not in token}
+    return _negated(text) | numbers | names
 
 
 def _negated(text: str) -> set[str]:

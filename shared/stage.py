@@ -54,7 +54,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from shared import apis
+from shared import apis, tracing
 from shared.errors import AccountingError, MixedApisError, NothingKeptError, SettingsError, SynthmillError
 from shared.records import SCHEMA_VERSION, Record, Reject
 
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from shared.llm import Models
 
 ROOT = Path(__file__).resolve().parent.parent
+TRACKS = ("compression", "grounded", "patterns")
 MAX_LINE_BYTES = 1_000_000
 """A longer input line goes to the rejects: the longest text a stage keeps is a few kilobytes, so it is not ours."""
 
@@ -92,13 +93,31 @@ def load_settings(path: Path, kind: type[P], track: str = "") -> P:
         raise SettingsError(f"no settings at {shown(path)}", f"git checkout -- {shown(path)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{shown(path)} is not TOML: {error}", f"edit {shown(path)}") from None
-    overrides = values.pop("tracks", {})
-    values |= overrides.get(track, {})
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problems = "\n".join(f"  {_problem(e, kind)}" for e in error.errors())
-        raise SettingsError(f"{shown(path)}:\n{problems}", f"edit {shown(path)}") from None
+    tables = values.pop("tracks", {})
+    problems, checked = _track_problems(tables), {}
+    for name in [] if problems else [*tables, track]:  # the other tracks too: what they say must be right as well
+        try:
+            checked[name] = kind.model_validate(values | tables.get(name, {}))
+        except ValidationError as error:
+            problems += [_problem(e, kind) for e in error.errors()]
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+        raise SettingsError(f"{shown(path)}:\n{lines}", f"edit {shown(path)}")
+    return checked[track]
+
+
+def _track_problems(tables: Any) -> list[str]:
+    """What is wrong with the names and kinds of ``[tracks.<track>]`` tables."""
+    if not isinstance(tables, dict):
+        return [f"tracks: should be tables, [tracks.<track>], got {tables!r}"]
+    problems = []
+    for name, table in tables.items():
+        if name not in TRACKS:
+            near = difflib.get_close_matches(name, TRACKS, n=1, cutoff=0.0)[0]
+            problems.append(f"unknown key 'tracks.{name}'; the nearest valid key is {near!r}")
+        elif not isinstance(table, dict):
+            problems.append(f"tracks.{name}: should be a table, got {table!r}")
+    return problems
 
 
 def _problem(error: Any, kind: type[BaseModel]) -> str:
@@ -111,7 +130,8 @@ def _problem(error: Any, kind: type[BaseModel]) -> str:
         return f"unknown key {name!r}; the nearest valid key is {near[0]!r}" if near else f"unknown key {name!r}"
     if error["type"] == "missing":
         return f"missing key {name!r}"
-    return f"{name}: {error['msg'].lower()}, got {error['input']!r}"
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}: {said.lower()}, got {error['input']!r}" if name else said
 
 
 def _keys_at(kind: Any, place: Iterable[Any]) -> set[str]:
@@ -215,7 +235,9 @@ def parse_line(line: bytes, adapter: TypeAdapter[Any]) -> tuple[str, str, Any]:
     if not isinstance(value, dict):
         return "not_a_record", f"expected a JSON object, got {type(value).__name__}", None
     version = value.get("schema_version")
-    if isinstance(version, int) and version != SCHEMA_VERSION:
+    if type(version) is not int:  # nothing may be assumed about a line that does not say what it is
+        return "not_a_record", f"schema_version: expected {SCHEMA_VERSION}, got {version!r}", None
+    if version != SCHEMA_VERSION:
         raise SettingsError(
             f"a record was written with schema version {version}; this code reads version {SCHEMA_VERSION}",
             "make clean (paid replies stay in data/cache), then run again; or check out the code that wrote it",
@@ -442,7 +464,8 @@ class Stage(Generic[P]):
             )
         if self.no_go:
             raise NothingKeptError(
-                f"{self.name}: no go: {self.no_go}", f"look at {shown(self.beside('.report.json'))}, then mend the cause"
+                f"{self.name}: no go: {self.no_go}",
+                f"look at {shown(self.beside('.report.json'))}, then mend the cause",
             )
         os.replace(self._part(self.output), self.output)
         fd = os.open(self.output.parent, os.O_RDONLY)
@@ -502,12 +525,14 @@ class Stage(Generic[P]):
             print(table, file=sys.stderr)
 
     def _discard(self) -> None:
-        self._stack.close()
-        parts = [self._part(self.beside(suffix)) for suffix in (".jsonl", ".rejects.jsonl", ".unreadable")]
-        for path in [*parts, *self._sides.values()]:
-            path.unlink(missing_ok=True)
-        for path in self._dirs.values():
-            shutil.rmtree(path, ignore_errors=True)
+        suffixes = (".jsonl", ".rejects.jsonl", ".unreadable", ".report.json")
+        try:
+            self._stack.close()  # on a full disk this fails as writing did
+        finally:
+            for path in [*(self._part(self.beside(suffix)) for suffix in suffixes), *self._sides.values()]:
+                path.unlink(missing_ok=True)
+            for path in self._dirs.values():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------- running one
@@ -518,15 +543,19 @@ def run(main: Callable[[Stage[P]], None], params: type[P]) -> NoReturn:
 
     Exit codes: 0 the files are whole; the error's own (see :mod:`shared.errors`) otherwise; 130 interrupted.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` in a script starts with it ignored
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         stage = _from_flags(Path(sys.argv[0]).resolve(), params)
         with _locked(stage.output):
             try:
-                main(stage)
-                stage.finish()
+                with tracing.span("stage", stage=stage.name, run=stage.run, track=stage.track) as span:
+                    main(stage)
+                    stage.finish()
+                    span.set(planned=stage.planned, kept=stage.kept, rejected=stage.rejected.total())
             finally:
                 stage._discard()
+                tracing.flush()
     except SynthmillError as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
@@ -560,7 +589,7 @@ def _from_flags(script: Path, params: type[P]) -> Stage[P]:
     parser.add_argument("--in", dest="input", type=Path, metavar="FILE", help="records to read; none for a first stage")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="data/<run>/<track>/NN_stage.jsonl")
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="settings, TOML")
-    parser.add_argument("--track", required=True, help="compression, grounded or patterns")
+    parser.add_argument("--track", required=True, choices=TRACKS, help="kind of data")
     parser.add_argument("--limit", type=int, default=0, help="read at most this many records; 0 = all")
     flags = parser.parse_args()
     name = script.parent.name

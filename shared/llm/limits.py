@@ -43,6 +43,12 @@ class Limiter:
             self.busy -= 1
             self._wake()
 
+    def resize(self, most: int) -> None:
+        """Open to another number of calls: a later batch of work with its own concurrency."""
+        self.most = most
+        self.allowed = float(most)
+        self._wake()
+
     def succeeded(self) -> None:
         """One answer came: grow by 1/allowed, so by one for every round of calls."""
         self.allowed = min(float(self.most), self.allowed + 1 / self.allowed)

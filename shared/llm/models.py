@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from shared import apis as cloud
+from shared import tracing
 from shared.errors import ProviderError, SettingsError
 from shared.llm.catalogue import NANO, catalogue
 from shared.llm.limits import MAX_WAIT_S, Limiter
@@ -116,6 +117,8 @@ class Models:
         if concurrency < 1:
             raise SettingsError(f"concurrency must be at least 1, got {concurrency}", "edit the stage's settings")
         self.concurrency = concurrency
+        for limiter in self._limiters.values():
+            limiter.resize(concurrency)
         stream = self._windowed(work, iter(items), concurrency)
         try:
             while (batch := self._runner.run(_await(anext(stream, None)))) is not None:
@@ -138,7 +141,10 @@ class Models:
             changed.set()
 
         more = True
-        try:
+
+        async def next_ready() -> list[tuple[T, R]]:
+            """Keep the window full until its head is done; [] at the end."""
+            nonlocal more
             while True:
                 while more and len(active) < concurrency and len(window) < concurrency * WINDOW:
                     try:
@@ -156,13 +162,19 @@ class Models:
                 while window and window[0][1].done():
                     item, task = window.popleft()
                     ready.append((item, task.result()))
-                if ready:
-                    yield ready
-                elif not window:
+                if ready or not window:
+                    return ready
+                changed.clear()
+                await changed.wait()
+
+        try:
+            while True:
+                with tracing.span("batch", stage=self.stage) as span:
+                    ready = await next_ready()
+                    span.set(records=len(ready))
+                if not ready:
                     return
-                else:
-                    changed.clear()
-                    await changed.wait()
+                yield ready
         finally:
             for task in active:
                 task.cancel()
@@ -210,7 +222,8 @@ class Models:
             task = self._inflight.get(key)
             cached = task is not None
             if task is None:
-                task = asyncio.create_task(self._send(request, wire, key))
+                again = f"{request.repeat}.{attempt}" if request.repeat or attempt else ""
+                task = asyncio.create_task(self._send(request, wire, key, again))
                 self._inflight[key] = task
                 task.add_done_callback(lambda t: self._landed(key, t))
             try:
@@ -230,14 +243,18 @@ class Models:
         if not task.cancelled():
             task.exception()  # whoever waits sees it; nobody waiting is no warning
 
-    async def _send(self, request: Request, wire: dict[str, Any], key: str) -> Answer:
+    async def _send(self, request: Request, wire: dict[str, Any], key: str, again: str) -> Answer:
         worst = catalogue().worst_nano(request)
         provider = self._provider(request.provider)
         reserved = await self._reserve(worst)
         try:
-            answer = await self._persist(
-                (request.provider, request.name), lambda: provider.send(wire, request.base_url)
-            )
+            with tracing.span("model call", model=request.model, stage=self.stage, repeat=request.repeat) as span:
+                span.text(prompt="\n\n".join(message.content for message in request.messages))
+                answer = await self._persist(
+                    (request.provider, request.name), lambda: provider.send(wire, request.base_url, again)
+                )
+                span.set(input_tokens=answer.usage.input, output_tokens=answer.usage.output, stop=answer.stop)
+                span.text(answer=answer.text)
         except BaseException:
             await self.store.release(reserved)
             raise

@@ -46,7 +46,7 @@ class Provider(Protocol):
     key_names: tuple[str, ...]
 
     def wire(self, request: Request, card: ModelCard) -> Wire: ...
-    async def send(self, wire: Wire, base_url: str) -> Answer: ...
+    async def send(self, wire: Wire, base_url: str, again: str) -> Answer: ...
     async def models(self) -> set[str]: ...
     async def close(self) -> None: ...
 
@@ -60,6 +60,11 @@ def check_key(provider: Provider) -> None:
             f"{provider.key_names[0]} is not set",
             f"put {provider.key_names[0]}=... into .env (see env.example), or run with APIS=mock",
         )
+
+
+def _headers(again: str) -> dict[str, str]:
+    """Tells a repeated question from the first, whose body is equal: for logs, and for whoever answers by rule."""
+    return {"x-synthmill-attempt": again} if again else {}
 
 
 def _split(messages: tuple[Message, ...]) -> tuple[str, list[dict[str, str]]]:
@@ -100,12 +105,12 @@ class Anthropic:
             )
         return self._client
 
-    async def send(self, wire: Wire, base_url: str) -> Answer:
+    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
         client = self.client()
         import anthropic
 
         try:
-            message = await client.messages.create(**wire)
+            message = await client.messages.create(**wire, extra_headers=_headers(again))
         except anthropic.APIConnectionError as error:
             raise TransientError(f"anthropic: {error}") from error
         except anthropic.APIStatusError as error:
@@ -190,8 +195,9 @@ class OpenAI:
     def _key(self) -> str | None:
         return None
 
-    async def send(self, wire: Wire, base_url: str) -> Answer:
-        completion = await self._call(self.client(base_url).chat.completions.create, wire)
+    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
+        create = self.client(base_url).chat.completions.create
+        completion = await self._call(create, wire | {"extra_headers": _headers(again)})
         if not completion.choices:
             raise TransientError(f"{self.name} answered 200 without choices")
         choice, usage = completion.choices[0], completion.usage
@@ -299,13 +305,14 @@ class Gemini:
             self._client = genai.Client(http_options=options)
         return self._client
 
-    async def send(self, wire: Wire, base_url: str) -> Answer:
+    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
         client = self.client()
         import httpx2
         from google.genai import errors, types
 
         try:
-            config = types.GenerateContentConfig(**wire["config"])
+            options = types.HttpOptions(headers=_headers(again)) if again else None
+            config = types.GenerateContentConfig(**wire["config"], http_options=options)
             reply = await client.aio.models.generate_content(
                 model=wire["model"], contents=wire["contents"], config=config
             )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 
 from shared.errors import BudgetError, SettingsError, SynthmillError
 from shared.llm.catalogue import NANO
@@ -84,27 +85,40 @@ class Store:
 
     def answer(self, key: str) -> Answer | None:
         """The stored answer, or None."""
-        row = self._reader.execute("SELECT answer FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else Answer.model_validate_json(zlib.decompress(row[0]))
+        rows = self.rows("SELECT answer FROM replies WHERE key = ?", key)
+        try:
+            return Answer.model_validate_json(zlib.decompress(rows[0][0])) if rows else None
+        except (zlib.error, ValidationError) as error:
+            raise _unusable(self.path, error) from None
 
     def request(self, key: str) -> dict[str, Any] | None:
         """The wire body that was answered, or None."""
-        row = self._reader.execute("SELECT request FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else orjson.loads(zlib.decompress(row[0]))
+        rows = self.rows("SELECT request FROM replies WHERE key = ?", key)
+        try:
+            return orjson.loads(zlib.decompress(rows[0][0])) if rows else None
+        except (zlib.error, orjson.JSONDecodeError) as error:
+            raise _unusable(self.path, error) from None
 
     def vector(self, key: str) -> bytes | None:
         """The stored embedding as little-endian float32 bytes, or None."""
-        row = self._reader.execute("SELECT vector FROM vectors WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
+        rows = self.rows("SELECT vector FROM vectors WHERE key = ?", key)
+        return rows[0][0] if rows else None
 
     def spent_usd(self, run: str) -> float:
         """Everything ever paid for a run."""
-        row = self._reader.execute("SELECT nano FROM spent WHERE run = ?", (run,)).fetchone()
-        return (row[0] if row else 0) / NANO
+        rows = self.rows("SELECT nano FROM spent WHERE run = ?", run)
+        return (rows[0][0] if rows else 0) / NANO
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        """Rows of a reading query, for statistics."""
-        return self._reader.execute(query, values).fetchall()
+        """Rows of a reading query.
+
+        Raises:
+            SettingsError: the file is damaged or cannot be read.
+        """
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _unusable(self.path, error) from None
 
     # -- writing, through the one writer thread
 
@@ -184,15 +198,32 @@ class Store:
         await job.done
 
     def _serve(self) -> None:
-        db = _open(self.path)
-        while (job := self._jobs.get()) is not None:
-            group = [job]
-            with contextlib.suppress(queue.Empty):
-                while len(group) < 256 and (more := self._jobs.get_nowait()) is not None:
-                    group.append(more)
-            _commit(db, group)
-        db.execute("DELETE FROM reserved WHERE owner = ?", (self.owner,))
+        try:
+            db = _open(self.path)
+        except SynthmillError as error:  # whoever waits must hear of it, or it waits for ever
+            while (job := self._jobs.get()) is not None:
+                job.settle(error)
+            return
+        more = True
+        while more:
+            group, more = self._next_group()
+            if group:
+                _commit(db, group)
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("DELETE FROM reserved WHERE owner = ?", (self.owner,))
         db.close()
+
+    def _next_group(self) -> tuple[list[_Job], bool]:
+        """The jobs that wait, at least one and at most 256, and whether more may come; ``close`` ends with None."""
+        group: list[_Job] = []
+        job = self._jobs.get()
+        while job is not None and len(group) < 255:
+            group.append(job)
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return group, True
+        return group + ([job] if job else []), job is not None
 
     def close(self) -> None:
         """Wait for the writer; give back every reservation of this process."""
@@ -206,6 +237,11 @@ class Store:
 class _Job:
     def __init__(self, work: Callable[[sqlite3.Connection], Any], loop: asyncio.AbstractEventLoop) -> None:
         self.work, self.loop, self.done = work, loop, loop.create_future()
+
+    def settle(self, error: BaseException | None) -> None:
+        """From the writer's thread: tell whoever waits how it went."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self.finish, error)
 
     def finish(self, error: BaseException | None) -> None:
         if self.done.done():
@@ -228,7 +264,7 @@ def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
             except SynthmillError as refusal:
                 outcome.append((job, refusal))
         db.execute("COMMIT")
-    except sqlite3.Error as error:
+    except Exception as error:
         with contextlib.suppress(sqlite3.Error):
             db.execute("ROLLBACK")
         failure = SynthmillError(
@@ -237,36 +273,51 @@ def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
         )
         outcome = [(job, failure) for job in group]
     for job, refused in outcome:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            job.loop.call_soon_threadsafe(job.finish, refused)
+        job.settle(refused)
 
 
 def _open(path: Path) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == SCHEMA:
+        version, tables = _state(db)
+        if version == tables == 0:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("BEGIN IMMEDIATE")
+            version, tables = _state(db)  # another process may have been quicker
+            if version == tables == 0:
+                for statement in _TABLES.strip().split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA}")
+                version = SCHEMA
+            db.execute("COMMIT")
+        if version == SCHEMA:  # asked before anything is set: setting the journal mode writes to the file
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
             return db
-        db.execute("BEGIN IMMEDIATE")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-        if version == 0 and tables == 0:
-            for statement in _TABLES.strip().split(";\n"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {SCHEMA}")
-        db.execute("COMMIT")
     except sqlite3.DatabaseError as error:
-        raise SettingsError(
-            f"the reply store {path} cannot be opened: {error}",
-            f"mv {path} {path}.broken and run again (its answers would be paid for again), or restore a backup",
-        ) from None
-    if version not in (0, SCHEMA) or (version == 0 and tables):
-        db.close()
-        raise SettingsError(
-            f"the reply store {path} has schema version {version}; this code reads {SCHEMA}. It was not touched.",
-            "check out the code that wrote it, or move it away (its answers would be paid for again)",
+        raise _unusable(path, error) from None
+    db.close()
+    raise SettingsError(
+        f"the reply store {path} has schema version {version}; this code reads {SCHEMA}. It was not touched.",
+        "check out the code that wrote it, or move it away (its answers would be paid for again)",
+    )
+
+
+def _state(db: sqlite3.Connection) -> tuple[int, int]:
+    """Schema version and number of tables; both 0 for a new file."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    return version, db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+
+
+def _unusable(path: Path, error: Exception) -> SettingsError:
+    """What to do about a store that cannot be used; only a damaged one is worth giving up."""
+    if isinstance(error, sqlite3.OperationalError):  # locked, full disk, no rights: what is in it is fine
+        mend = f"let other processes end, free some disk or open {path.parent} for writing, then run the same command"
+    else:
+        aside = path.parent / "broken"
+        mend = (
+            f"restore a backup, or: mkdir {aside} && mv {path}* {aside} and run again "
+            "(its answers would be paid for again)"
         )
-    return db
+    return SettingsError(f"the reply store {path} cannot be used: {error}", mend)

@@ -15,16 +15,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter
 
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
 from shared.panel import TASKS, Panel, Unjudged
 from shared.records import Domain, Pair, Verdicts, content_id
 from shared.stage import Settings, Stage, parse_line, run
 
 PROMPTS = ("system", "judge", *TASKS)
+ANSWER_SHARE = {"key_points": 0.85, "implications": 0.85, "explain": 1.1, "write": 0.8}
+"""Tokens of an answer, JSON included, / tokens of the verbose text: measured on the stand-in, see `make estimate`."""
+JUDGEMENT_TOKENS = 40
 
 
 class Params(Settings):
@@ -65,6 +71,32 @@ def subset(path: Path, limit: int, seed: int) -> set[str] | None:
     for (domain, _), rows in strata.items():
         orders[domain] += [((place + 0.5) / len(rows), id_) for place, (_, id_) in enumerate(sorted(rows))]
     return {id_ for order in orders.values() for _, id_ in sorted(order)[:limit]}
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 04 asks for these pairs, from an empty store. Answers from the compressed text are as long as the other's.
+
+    With ``limit``, short pairs come first: the mean of a small subset is near the harmonic mean of all, see subset().
+    """
+    here = Path(__file__).parent / "prompts"
+    prompt = {name: tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in PROMPTS}
+    asked: list[Calls] = []
+    for domain, volume in volumes.items():
+        pairs = min(volume.records, params.limit or volume.records)
+        shorter = volume.evenness + (1 - volume.evenness) * pairs / volume.records
+        verbose, compressed = volume.tokens * shorter, volume.compressed * shorter
+        for task in params.tasks[domain]:
+            answers = pairs * 2 * verbose * ANSWER_SHARE[task]
+            schema = tokens_of(str(strict_schema(TASKS[task])))  # providers bill it as input
+            questions = pairs * (2 * (prompt["system"] + prompt[task] + schema) + verbose + compressed)
+            for model in params.panel:
+                asked.append(Calls(model, 2 * pairs, questions, answers))
+                asked.append(Calls(params.embedder, pairs, answers))
+                if params.judge:
+                    asked.append(
+                        Calls(params.judge, pairs, pairs * prompt["judge"] + answers, pairs * JUDGEMENT_TOKENS)
+                    )
+    return asked
 
 
 class Scores:

@@ -188,7 +188,7 @@ def main(stage: Stage[Params]) -> None:
     # -- load
     p = stage.params
     path = stage.input or ROOT / "data" / "inputs" / "facts.md"
-    chunks = spread(chunks_of(read_facts(path)), p.max_chunks)
+    chunks = spread(chunks_of(read_facts(path)), p.max_chunks)[: stage.limit or None]
     if not chunks:
         raise SettingsError(f"{shown(path)} has no facts", "write # sections with - bullets into it")
     stage.models.require(p.model)

@@ -1,8 +1,8 @@
 """08 pattern: topics x preference patterns -> Conversation: coding dialogues that show how answers should be given.
 
 First stage of its track. The plan is drawn from the seed alone: topics in a seeded order; patterns dealt by cycling
-through a seeded order of all ten, alternately two and three a conversation, so every pattern occurs equally often
-(within one) at any count. Several providers, each with its own count and its own plan.
+through all ten, alternately two and three a conversation, so every pattern occurs equally often (within one) at any
+count, for each provider and over all of them.
 
 Cost: one call an example of up to 3,000 tokens; about $0.0015 at gpt-6-luna, $0.012 at gemini-3.8-flash.
 
@@ -12,7 +12,6 @@ Cost: one call an example of up to 3,000 tokens; about $0.0015 at gpt-6-luna, $0
 
 from __future__ import annotations
 
-import itertools
 import random
 import tomllib
 from collections.abc import Sequence
@@ -80,29 +79,56 @@ class Planned(Part):
     patterns: tuple[str, ...]
 
 
-def plan(model: str, count: int, topics: Sequence[str], patterns: Sequence[str], seed: int) -> list[Planned]:
-    """The examples one provider makes; the same seed gives the same plan, byte for byte."""
-    shuffled = random.Random(f"{seed} {model} topics").sample(list(topics), len(topics))
+class Cards:
+    """Patterns dealt by cycling: every round is all of them once, in an order drawn from the seed."""
 
-    def cycles() -> list[str]:
-        needed = count * 3
-        rounds = range(needed // len(patterns) + 2)
-        order = [random.Random(f"{seed} {model} {n}").sample(list(patterns), len(patterns)) for n in rounds]
-        return list(itertools.chain.from_iterable(order))
+    def __init__(self, patterns: Sequence[str], seed: str) -> None:
+        self._patterns, self._seed, self._round = list(patterns), seed, 0
+        self._left: list[str] = []
 
-    dealt = iter(cycles())
-    planned = []
-    for number in range(count):
+    def deal(self, count: int, without: Sequence[str] = ()) -> list[str]:
+        """The next ``count`` different cards that are not among ``without``; those passed over stay next in line."""
         hand: list[str] = []
-        skipped: list[str] = []
-        while len(hand) < 2 + number % 2:
-            pattern = next(dealt)
-            (skipped if pattern in hand else hand).append(pattern)  # a new round may begin with what is in hand
-        dealt = itertools.chain(skipped, dealt)
-        planned.append(
-            Planned(model=model, number=number, topic=shuffled[number % len(shuffled)], patterns=tuple(hand))
-        )
+        passed_over: list[str] = []
+        while len(hand) < count:
+            if not self._left:
+                order = random.Random(f"{self._seed} {self._round}")
+                self._left, self._round = order.sample(self._patterns, len(self._patterns)), self._round + 1
+            card = self._left.pop(0)
+            (passed_over if card in hand or card in without else hand).append(card)
+        self._left = passed_over + self._left
+        return hand
+
+
+def plan(sources: Sequence[Source], topics: Sequence[str], patterns: Sequence[str], seed: int) -> list[Planned]:
+    """The examples to make; the same seed gives the same plan, byte for byte.
+
+    A conversation gets two patterns, the next one three, and so on. Each provider is dealt whole rounds of its own and
+    its last cards from a round all providers share, so every pattern occurs equally often, within one, for each
+    provider and over all of them.
+    """
+    shared = Cards(patterns, f"{seed} shared")
+    planned = []
+    for source in sources:
+        sizes = [2 + number % 2 for number in range(source.count)]
+        whole = sum(sizes) // len(patterns) * len(patterns)
+        own = Cards(patterns, f"{seed} {source.model}")
+        deck = [card for _ in range(whole // len(patterns)) for card in own.deal(len(patterns))]
+        deck += shared.deal(sum(sizes) - whole)
+        order = random.Random(f"{seed} {source.model} topics").sample(list(topics), len(topics))
+        for number, size in enumerate(sizes):
+            hand = _hand(deck, size)
+            topic = order[number % len(order)]
+            planned.append(Planned(model=source.model, number=number, topic=topic, patterns=tuple(hand)))
     return planned
+
+
+def _hand(deck: list[str], size: int) -> list[str]:
+    """Take the first ``size`` different cards off the deck; only its last cards can lack so many different ones."""
+    hand = list(dict.fromkeys(deck))[:size]
+    for card in hand:
+        deck.remove(card)
+    return hand
 
 
 def load_patterns(path: Path) -> dict[str, Pattern]:
@@ -156,8 +182,7 @@ def main(stage: Stage[Params]) -> None:
     p = stage.params
     patterns, topics = load_patterns(HERE / "patterns.toml"), load_topics(HERE / "topics.toml")
     stage.models.require(*(source.model for source in p.providers))
-    planned = [row for s in p.providers for row in plan(s.model, s.count, topics, list(patterns), p.seed)]
-    planned = planned[: stage.limit or None]
+    planned = plan(p.providers, topics, list(patterns), p.seed)[: stage.limit or None]
     with open(stage.side_file(".plans.jsonl"), "wb") as file:
         file.writelines(orjson.dumps(row.model_dump(), option=orjson.OPT_APPEND_NEWLINE) for row in planned)
     profile = (HERE / "profile.md").read_text("utf-8").strip()

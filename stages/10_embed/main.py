@@ -14,19 +14,20 @@ import itertools
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from pydantic import Field
 
-from shared.records import AnyItem, Embedding, Item
+from shared.llm.volume import Calls, Volume
+from shared.records import AnyItem, Domain, Embedding, Item
 from shared.stage import Settings, Stage, run
 
 MAX_TOKENS = 8192
 """Of one text, for OpenAI's embedding models (SDK docstring, openai 3.52.0)."""
 LOCAL = "local/hashed-ngrams"
 
-Vectors = list[array[float]]
+Vectors: TypeAlias = "list[array[float]]"  # quoted: array takes a type argument from Python 3.12 on only
 
 
 class Params(Settings):
@@ -65,6 +66,15 @@ def batches(stage: Stage[Params], size: int) -> Iterator[list[Item]]:
     records = fitting()
     while batch := list(itertools.islice(records, size)):
         yield batch
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 10 asks for these records, from an empty store."""
+    if params.model == LOCAL:
+        return []
+    records = sum(volume.records for volume in volumes.values())
+    tokens = sum(volume.records * volume.tokens for volume in volumes.values())
+    return [Calls(params.model, math.ceil(records / params.batch), tokens, low=0.8, high=1.25)]
 
 
 def embedder(stage: Stage[Params]) -> Callable[[list[Item]], Coroutine[Any, Any, Vectors]]:

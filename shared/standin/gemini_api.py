@@ -1,0 +1,181 @@
+"""The Gemini API: generateContent, countTokens, embedContent, batchEmbedContents, models.
+
+Under ``/v1`` and ``/v1beta``; shapes as the real SDK (3.4) reads them.
+
+Leaves room for ``:batchGenerateContent``, ``/batches`` and file uploads.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from shared.standin import embedding, engine
+from shared.standin.filling import lower_case
+from shared.standin.wire import RefusedError, Reply, Request, broken, check_access, schema_or_none, stopped
+
+MODELS = (
+    "gemini-4-argon",
+    "gemini-3.8-flash",
+    "gemini-3.5-flash-lite",
+    "gemini-3.1-pro-preview",
+    "gemini-embedding-001",
+)
+_STATUS = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    429: "RESOURCE_EXHAUSTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+_PATH = re.compile(r"/v1(?:beta|alpha)?/models(?:/([^/:]+)(?::(\w+))?)?/?$")
+_DIMENSIONS = 3072
+_THOUGHTS = 12  # tokens of thinking, which these models cannot switch off; a budget of 0 does
+
+
+def handle(request: Request, fault: str, bad_share: float) -> Reply:
+    """The answer to one request; ``fault`` is a content fault to put into it."""
+    match = _PATH.match(request.path)
+    model, verb = (match[1] or "", match[2] or "") if match else ("", "")
+    if request.method == "POST" and match and verb in _VERBS:
+        check_access(request, model)
+        return _VERBS[verb](request, model, fault, bad_share)
+    if request.method == "GET" and match and not verb:
+        check_access(request, model)
+        return Reply(200, _model(model) if model else {"models": [_model(name) for name in MODELS]})
+    raise RefusedError(404, f"{request.method} {request.path} is not served here")
+
+
+def error(request: Request, status: int, message: str, kind: str = "", param: str | None = None) -> Reply:
+    """An error in this API's shape; 529 becomes 503, as there. 429 says in its body when to come back."""
+    status = 503 if status == 529 else status
+    body: dict[str, Any] = {"code": status, "message": message, "status": _STATUS.get(status, "INTERNAL")}
+    return Reply(status, {"error": body})
+
+
+def retry_info(reply: Reply, seconds: float) -> None:
+    """Add ``google.rpc.RetryInfo`` to an error."""
+    assert isinstance(reply.body, dict)
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds:g}s"}
+    reply.body["error"]["details"] = [info]
+
+
+def headers(request: Request, limit: int, remaining: int, reset: str) -> dict[str, str]:
+    """This API tells no limits in its headers."""
+    return {}
+
+
+def _model(name: str) -> dict[str, Any]:
+    methods = ["embedContent"] if "embedding" in name else ["generateContent", "countTokens"]
+    return {
+        "name": f"models/{name}",
+        "displayName": name,
+        "version": "001",
+        "inputTokenLimit": 1_048_576,
+        "outputTokenLimit": 65_536,
+        "supportedGenerationMethods": methods,
+    }
+
+
+def _generate(request: Request, model: str, fault: str, bad_share: float) -> Reply:
+    body = request.json
+    contents = body.get("contents")
+    if not isinstance(contents, list) or not contents:
+        raise RefusedError(400, "contents are required")
+    config = body.get("generationConfig") or {}
+    system = _text(body.get("systemInstruction"))
+    user = "\n\n".join(_text(content) for content in contents)
+    schema = _schema(config)
+    limit = config.get("maxOutputTokens") or 8192
+    budget = (config.get("thinkingConfig") or {}).get("thinkingBudget")
+    thoughts = 0 if budget == 0 else min(_THOUGHTS, limit)
+    answer = engine.answer(system, user, schema, model, limit - thoughts, bad_share)
+    text, stop = stopped(answer.text, config.get("stopSequences"))
+    reason = "MAX_TOKENS" if answer.truncated and stop is None else "STOP"
+    if fault == "truncate":
+        text, reason = text[: len(text) // 2], "MAX_TOKENS"
+    elif fault == "broken_json":
+        text = broken(text)
+    elif fault == "refuse":
+        text, reason, thoughts = "", "SAFETY", 0
+    candidate: dict[str, Any] = {"finishReason": reason, "index": 0}
+    if text:
+        candidate["content"] = {"role": "model", "parts": [{"text": text}]}
+    input_tokens, output_tokens = _input_tokens(body), engine.tokens(text)
+    result = {
+        "candidates": [candidate],
+        "usageMetadata": {
+            "promptTokenCount": input_tokens,
+            "candidatesTokenCount": output_tokens,
+            "thoughtsTokenCount": thoughts,
+            "totalTokenCount": input_tokens + output_tokens + thoughts,
+        },
+        "modelVersion": model,
+        "responseId": request.id,
+    }
+    return Reply(200, result, {}, model, input_tokens, output_tokens + thoughts, answered=True)
+
+
+def _count(request: Request, model: str, fault: str, bad_share: float) -> Reply:
+    body = request.json
+    return Reply(200, {"totalTokens": _input_tokens(body.get("generateContentRequest") or body)})
+
+
+def _embed(request: Request, model: str, fault: str, bad_share: float) -> Reply:
+    body = request.json
+    values, count = _vector(body)
+    return Reply(200, {"embedding": {"values": values}}, {}, model, count, 0, answered=True)
+
+
+def _batch_embed(request: Request, model: str, fault: str, bad_share: float) -> Reply:
+    parts = request.json.get("requests")
+    if not isinstance(parts, list) or not 1 <= len(parts) <= 100:
+        raise RefusedError(400, "requests must hold 1 to 100 contents")
+    vectors = [_vector(part) for part in parts]
+    result = {"embeddings": [{"values": values} for values, _ in vectors]}
+    return Reply(200, result, {}, model, sum(count for _, count in vectors), 0, answered=True)
+
+
+def _vector(part: dict[str, Any]) -> tuple[list[float], int]:
+    dimensions = part.get("outputDimensionality") or _DIMENSIONS
+    if not 1 <= dimensions <= _DIMENSIONS:
+        raise RefusedError(400, f"output_dimensionality must be 1 to {_DIMENSIONS}, got {dimensions}")
+    text = _text(part.get("content"))
+    if not text:
+        raise RefusedError(400, "content is empty")
+    return embedding.vector(text, dimensions).tolist(), engine.tokens(text)
+
+
+def _schema(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema of a JSON answer: the API's own dialect, or JSON schema; ``{}`` for JSON of any shape."""
+    if config.get("responseMimeType") != "application/json":
+        return None
+    plain = config.get("responseJsonSchema") or config.get("response_json_schema")
+    own = config.get("responseSchema") or config.get("response_schema")
+    if plain is not None:
+        return schema_or_none(plain)
+    return lower_case(schema_or_none(own) or {}) if own is not None else {}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = (content or {}).get("parts") or []
+    return "\n\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _input_tokens(body: dict[str, Any]) -> int:
+    config = body.get("generationConfig") or {}
+    schema = _schema(config)
+    texts = [_text(body.get("systemInstruction")), *(_text(content) for content in body.get("contents") or [])]
+    return sum(engine.tokens(text) + 3 for text in texts if text) + (engine.tokens(repr(schema)) if schema else 0)
+
+
+_VERBS = {
+    "generateContent": _generate,
+    "countTokens": _count,
+    "embedContent": _embed,
+    "batchEmbedContents": _batch_embed,
+}

@@ -1,0 +1,186 @@
+"""The HTTP server: reads a request, finds its protocol, adds faults and latency, writes and logs the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import ModuleType
+from urllib.parse import unquote
+
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response
+from aiohttp.web_server import Server
+
+from shared.standin import anthropic_api, gemini_api, hub, openai_api
+from shared.standin.engine import BAD_SHARE
+from shared.standin.faults import Faults, RateCap
+from shared.standin.log import Log
+from shared.standin.wire import RefusedError, Reply, Request
+
+USUAL_LIMIT = 4000
+"""Requests a minute in the rate-limit headers when no cap is set."""
+
+
+@dataclass
+class Settings:
+    """How the stand-in behaves.
+
+    Attributes:
+        faults: what goes wrong, and how often.
+        rate: requests per second and service, beyond which it answers 429; 0 = no cap.
+        latency_s: seconds added to each answer of a model.
+        bad_share: share of texts, 0 to 1, that are compressed badly.
+        log: file of the request log; ``""`` = none.
+    """
+
+    faults: Faults = field(default_factory=Faults)
+    rate: float = 0.0
+    latency_s: float = 0.0
+    bad_share: float = BAD_SHARE
+    log: str = ""
+
+
+async def serve(settings: Settings, host: str = "127.0.0.1", port: int = 0) -> str:
+    """Listen; returns ``http://HOST:PORT``. Serves until the loop ends."""
+    server = Server(Cloud(settings).handle, access_log=None)
+    listening = await asyncio.get_running_loop().create_server(server, host, port, backlog=1024)
+    return f"http://{host}:{listening.sockets[0].getsockname()[1]}"
+
+
+class ResetError(Exception):
+    """The connection is to be cut without an answer."""
+
+
+class Cloud:
+    """All services of the stand-in, with what they count between requests."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.log = Log(settings.log)
+        self.caps = {api: RateCap(settings.rate) for api in (anthropic_api, openai_api, gemini_api)}
+
+    async def handle(self, incoming: BaseRequest) -> Response:
+        """One request, from reading to logging."""
+        request = Request(
+            incoming.method,
+            incoming.raw_path.partition("?")[0],
+            incoming.query if "?" in incoming.raw_path else {},
+            incoming.headers,
+            await incoming.content.read() if incoming.body_exists else b"",
+        )
+        api = protocol(request)
+        try:
+            reply = await self._model_reply(request, api) if api is not None else hub.handle(request)
+        except ResetError as error:
+            self.log.write(request, Reply(0, b"", fault=str(error)), written=False)
+            if incoming.transport is not None:
+                incoming.transport.abort()
+            raise ConnectionResetError from None
+        return await self._send(incoming, request, reply)
+
+    async def _send(self, incoming: BaseRequest, request: Request, reply: Reply) -> Response:
+        body = reply.bytes()
+        headers = reply.headers
+        headers.setdefault("Content-Type", "application/json")
+        if request.method == "HEAD":  # a body here would be read as the next answer
+            headers.setdefault("Content-Length", "0" if reply.status >= 400 else str(len(body)))
+            body = b""
+        response = Response(status=reply.status, body=body or None, headers=headers)
+        written = False
+        try:
+            await response.prepare(incoming)
+            await response.write_eof()
+            written = incoming.transport is not None and not incoming.transport.is_closing()
+        finally:
+            self.log.write(request, reply, written=written)
+        return response
+
+    # ------------------------------------------------------------ models
+
+    async def _model_reply(self, request: Request, api: ModuleType) -> Reply:
+        settings, fault = self.settings, ""
+        if request.method == "POST":
+            if wait := self.caps[api].wait_s(time.monotonic()):
+                return self._limited(request, api, wait, "rate")
+            found = settings.faults.decide(request.path, request.body, request.headers.get("x-standin-fault", ""))
+            if found.transport:
+                return await self._failed(request, api, found.transport)
+            fault = found.content
+            if settings.latency_s:
+                await asyncio.sleep(settings.latency_s)
+        reply = _answered(request, api, fault, settings.bad_share)
+        reply.headers |= self._headers(request, api)
+        return reply
+
+    async def _failed(self, request: Request, api: ModuleType, fault: str) -> Reply:
+        """What a transport fault looks like from outside."""
+        if fault == "reset":
+            raise ResetError(fault)
+        if fault == "timeout":
+            await asyncio.sleep(self.settings.faults.timeout_s)
+            raise ResetError(fault)
+        if fault in ("429", "529"):
+            return self._limited(request, api, self.settings.faults.retry_after_s, fault, int(fault))
+        if fault == "quota":
+            reply: Reply = api.error(request, 429, "you exceeded your current quota", "quota")
+        else:
+            reply = api.error(request, int(fault), f"the stand-in was asked for {fault}")
+        reply.fault = fault
+        reply.headers |= self._headers(request, api)
+        return reply
+
+    def _limited(self, request: Request, api: ModuleType, wait_s: float, fault: str, status: int = 429) -> Reply:
+        message = "too many requests, slow down" if status == 429 else "overloaded, try again later"
+        reply: Reply = api.error(request, status, message)
+        reply.fault = fault
+        reply.headers |= self._headers(request, api) | {
+            "retry-after": str(max(0, -int(-wait_s // 1))),  # whole seconds, rounded up
+            "retry-after-ms": str(-int(-wait_s * 1000 // 1)),
+        }
+        if api is gemini_api:
+            gemini_api.retry_info(reply, wait_s)
+        return reply
+
+    def _headers(self, request: Request, api: ModuleType) -> dict[str, str]:
+        cap = self.caps[api]
+        limit = int(cap.per_second * 60) or USUAL_LIMIT
+        remaining = max(0, int(cap.per_second) - cap.used) if cap.per_second else limit - 1
+        found: dict[str, str] = api.headers(request, limit, remaining, _reset(int(time.time()) + 1))
+        return found
+
+
+def _answered(request: Request, api: ModuleType, fault: str, bad_share: float) -> Reply:
+    """The protocol's answer, or its error in its own shape."""
+    try:
+        reply: Reply = api.handle(request, fault, bad_share)
+        reply.fault = fault or None
+    except RefusedError as error:
+        reply = api.error(request, error.status, error.message, error.kind, error.param)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # A body of the right outline whose parts have the wrong types: the real services answer 400.
+        traceback.print_exc()
+        reply = api.error(request, 400, f"malformed request: {type(error).__name__} {error}")
+    return reply
+
+
+def protocol(request: Request) -> ModuleType | None:
+    """The API whose request this is; None for the Hub's.
+
+    Anthropic, OpenAI and Gemini share ``/v1/models``: their SDKs tell themselves apart by their headers.
+    """
+    path = request.path
+    if not path.startswith(("/v1/", "/v1beta/", "/v1alpha/")):
+        return None
+    if "anthropic-version" in request.headers or path.startswith("/v1/messages"):
+        return anthropic_api
+    if "x-goog-api-key" in request.headers or not path.startswith("/v1/") or ":" in unquote(path):
+        return gemini_api
+    return openai_api
+
+
+@lru_cache(maxsize=4)
+def _reset(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(second))

@@ -1,0 +1,189 @@
+"""03 compress: write every text again in fewer tokens, with a local model, any OpenAI-compatible server or a teacher.
+
+Input: RawText (02 merge). Output: Pair, in input order, ``generation`` filled. Rejected, with the reason: outputs that
+are empty, truncated, a refusal, or not shorter in tokens; texts no model should see (a chat control token inside).
+Source: ``generator`` in the settings. Cost: ``mlx`` a night on a 16 GB Mac for 11,000 texts and no money; ``endpoint``
+whatever your server costs; ``teacher`` cents per thousand texts (``make estimate``). Runs natively: MLX needs the GPU.
+
+    python stages/03_compress/main.py --in data/trial/compression/02_merge.jsonl \\
+        --out data/trial/compression/03_compress.jsonl --config stages/03_compress/trial.toml --track compression
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+from cleaning import clean, refusal
+from generation import Outcome, Prompt, Sampling, pinned, source_text, unfit
+from generation_store import GenerationStore
+from mlx_generator import COMMIT, MlxGenerator, MlxSettings
+from pydantic import Field
+
+from shared.errors import SettingsError
+from shared.records import Generation, Pair, RawText, Sourced
+from shared.stage import Settings, Stage, run
+from shared.text import Tokenizer
+
+if TYPE_CHECKING:
+    from shared.llm import Reply
+
+PROVENANCE = tuple(Sourced.model_fields)
+
+
+class EndpointSettings(Settings):
+    """Any OpenAI-compatible server: vLLM, ``mlx_lm.server``, a hosted one."""
+
+    model: str = Field(pattern=r"^endpoint/.")
+    base_url: str = ""
+    concurrency: int = Field(default=8, ge=1)
+
+
+class TeacherSettings(Settings):
+    """A hosted model that needs no adapter to follow the prompts."""
+
+    model: str = Field(pattern=r"^(anthropic|openai|gemini)/.")
+    concurrency: int = Field(default=8, ge=1)
+
+
+class Params(Settings):
+    """See the comments in the TOML."""
+
+    generator: Literal["mlx", "endpoint", "teacher"]
+    tokenizer: str
+    tokenizer_revision: str = Field(default="", pattern=COMMIT)
+    temperature: float = Field(default=0.2, ge=0, le=2)
+    max_tokens: int = Field(default=512, ge=1)
+    seed: int = 0
+    mlx: MlxSettings | None = None
+    endpoint: EndpointSettings | None = None
+    teacher: TeacherSettings | None = None
+
+
+# ---------------------------------------------------------------- the generators
+
+
+def local(stage: Stage[Params], generator: MlxGenerator) -> Iterator[tuple[RawText, Outcome]]:
+    """Every record with what the model on this machine wrote."""
+    with closing(GenerationStore(stage.cache / "generations.sqlite")) as store:
+        yield from generator.outcomes(list(stage.read(RawText)), store, stage.progress)
+    stage.summary["mlx"] = generator.summary
+
+
+def remote(
+    stage: Stage[Params], server: EndpointSettings | TeacherSettings, prompt: Prompt, sampling: Sampling
+) -> Iterator[tuple[RawText, Outcome]]:
+    """Every record with what a server answered; as many under way as ``concurrency`` says, memory bounded."""
+    from shared.llm import Request
+
+    models = stage.models
+    models.require(server.model)
+
+    async def one(record: RawText) -> Outcome:
+        text = source_text(record)
+        if problem := unfit(text):
+            return problem
+        request = Request(
+            model=server.model,
+            base_url=getattr(server, "base_url", ""),
+            messages=prompt.messages(text),
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+        )
+        return from_reply(await models.ask(request))
+
+    yield from models.map(one, stage.read(RawText), concurrency=server.concurrency)
+
+
+def from_reply(reply: Reply) -> Outcome:
+    """A reply as an outcome; its problem, when it has one, is the reason to reject."""
+    return Outcome(reply.text, reply.problem, reply.detail)
+
+
+# ---------------------------------------------------------------- from outcome to pair
+
+
+def compressed_or_reason(text: str, outcome: Outcome, by_phrase: bool) -> Outcome:
+    """The outcome with its text cleaned, or with the reason why there is no usable text in it.
+
+    ``by_phrase``: look for refusals in the words; hosted models say it themselves.
+    """
+    if outcome.problem:
+        return outcome
+    compressed = clean(outcome.text, text)
+    if not compressed:
+        return Outcome("", "empty", f"nothing is left of {outcome.text[:200]!r}" if outcome.text else "no output")
+    if by_phrase and (phrase := refusal(compressed, text)):
+        return Outcome("", "refused", f"begins with {phrase!r}")
+    return Outcome(compressed)
+
+
+def in_fewer_tokens(outcome: Outcome, verbose_tokens: int, compressed_tokens: int) -> Outcome:
+    """The outcome, or ``not_shorter`` with the figures."""
+    if outcome.problem or compressed_tokens < verbose_tokens:
+        return outcome
+    return Outcome("", "not_shorter", f"compressed {compressed_tokens} tokens, verbose {verbose_tokens} tokens")
+
+
+def table_of(params: Params) -> MlxSettings | EndpointSettings | TeacherSettings:
+    """The table of the generator chosen.
+
+    Raises:
+        SettingsError: the settings have none.
+    """
+    table: MlxSettings | EndpointSettings | TeacherSettings | None = getattr(params, params.generator)
+    if table is None:
+        raise SettingsError(f"generator = {params.generator!r}, but there is no table [{params.generator}]", "add it")
+    return table
+
+
+def main(stage: Stage[Params]) -> None:
+    # -- load
+    params, table = stage.params, table_of(stage.params)
+    prompt = Prompt(stage.prompt("system.txt"), stage.prompt("user.txt"))
+    sampling = Sampling(params.temperature, params.max_tokens, params.seed)
+    spec = pinned("tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")
+    model, adapter = table.model, ""
+    if isinstance(table, MlxSettings):
+        generator = MlxGenerator(table, sampling, prompt, stage.services)
+        model, adapter = generator.model, generator.adapter
+        outcomes = local(stage, generator)
+    else:
+        outcomes = remote(stage, table, prompt, sampling)
+    tokenizer = Tokenizer(spec)
+    if params.tokenizer_revision:
+        stage.services()
+    tokenizer.count("")  # a tokenizer that cannot be loaded stops us before anything is generated
+    ratios: dict[str, list[float]] = {}
+
+    # -- process
+    for record, outcome in outcomes:
+        text = source_text(record)
+        outcome = compressed_or_reason(text, outcome, by_phrase=params.generator != "teacher")
+        verbose_tokens, compressed_tokens = tokenizer.counts([text, outcome.text])
+        outcome = in_fewer_tokens(outcome, verbose_tokens, compressed_tokens)
+        if outcome.problem:
+            stage.reject(record, outcome.problem, outcome.detail)
+            continue
+        generation = Generation(
+            generator=params.generator,
+            model=model,
+            adapter=adapter,
+            prompt=prompt.digest,
+            tokenizer=spec,
+            verbose_tokens=verbose_tokens,
+            compressed_tokens=compressed_tokens,
+            compression_ratio=round(compressed_tokens / verbose_tokens, 6),
+        )
+        provenance = {name: getattr(record, name) for name in PROVENANCE}
+        stage.keep(Pair(**provenance, verbose=text, compressed=outcome.text, generation=generation))
+        ratios.setdefault(record.domain, []).append(generation.compression_ratio)
+
+    # -- save
+    stage.summary["mean_compression_ratio"] = {domain: round(fmean(r), 4) for domain, r in sorted(ratios.items())}
+
+
+if __name__ == "__main__":
+    run(main, Params)
