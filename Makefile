@@ -12,6 +12,7 @@ RUN       ?= trial
 APIS      ?=
 BUDGET_USD ?=
 LIMIT     ?= 0
+FACTS     ?= data/inputs/facts.md
 PYTHON    ?= python3
 ID        ?=
 
@@ -19,8 +20,10 @@ export APIS BUDGET_USD
 export PYTHONPATH := $(CURDIR)
 
 PY     := .venv/bin/python
-GROUPS := core llm data embed mlx tinker dev
+GROUPS := core llm data embed mlx tinker tracing dev
 RUNS   := trial full
+TRACKS := compression grounded patterns
+PATTERNS := topics.toml patterns.toml profile.md
 LOCKS  := $(GROUPS:%=docker/requirements/%.txt)
 
 # out: the paths of one stage's output, for every run, for these tracks
@@ -29,13 +32,15 @@ out = $(foreach run,$(RUNS),$(foreach track,$(2),data/$(run)/$(track)/$(1).jsonl
 stage = $(PY) stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
 # again: `make stageN` runs that one stage although its output is up to date
 again = $(if $(filter stage$(1),$(MAKECMDGOALS)),FORCE)
+# first: what the first stage of a track waits for: a full run begins with preflight
+first = $(if $(filter full/%,$(1)),preflight)
 prompts = $(foreach name,$(2),stages/$(1)/prompts/$(name).txt)
 
 # ------------------------------------------------------------------------------------------------ stages
 
 $(call out,01_acquire,compression): data/%/01_acquire.jsonl: \
     stages/01_acquire/$$(*D).toml stages/01_acquire/main.py stages/01_acquire/extract.py \
-    $$(call again,1) | $$(@D)/. .venv/.setup $$(if $$(filter full/%,$$*),preflight)
+    $$(call again,1) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,01_acquire,)
 
 $(call out,02_merge,compression): data/%/02_merge.jsonl: \
@@ -52,21 +57,53 @@ $(call out,04_validate,compression): data/%/04_validate.jsonl: \
     $(call prompts,04_validate,system key_points implications explain write judge) $$(call again,4)
 	$(call stage,04_validate,$<)
 
+$(call out,05_extract_qa,grounded): data/%/05_extract_qa.jsonl: \
+    $(FACTS) stages/05_extract_qa/$$(*D).toml stages/05_extract_qa/main.py \
+    $(call prompts,05_extract_qa,system extract) $$(call again,5) | $$(@D)/. .venv/.setup $$(call first,$$*)
+	$(call stage,05_extract_qa,$<)
+
+$(call out,06_validate_qa,grounded): data/%/06_validate_qa.jsonl: \
+    data/%/05_extract_qa.jsonl stages/06_validate_qa/$$(*D).toml stages/06_validate_qa/main.py \
+    $(call prompts,06_validate_qa,system validate) $$(call again,6)
+	$(call stage,06_validate_qa,$<)
+
+$(call out,07_converse,grounded): data/%/07_converse.jsonl: \
+    data/%/06_validate_qa.jsonl stages/07_converse/$$(*D).toml stages/07_converse/main.py stages/07_converse/plans.py \
+    $(call prompts,07_converse,system converse) $$(call again,7)
+	$(call stage,07_converse,$<)
+
+$(call out,08_pattern,patterns): data/%/08_pattern.jsonl: \
+    stages/08_pattern/$$(*D).toml stages/08_pattern/main.py $(addprefix stages/08_pattern/,$(PATTERNS)) \
+    $(call prompts,08_pattern,system pattern) $$(call again,8) | $$(@D)/. .venv/.setup $$(call first,$$*)
+	$(call stage,08_pattern,)
+
+judge := stages/09_judge/main.py stages/09_judge/rubric.py stages/09_judge/gates.py
+$(call out,09_judge,grounded): data/%/09_judge.jsonl: \
+    data/%/07_converse.jsonl stages/09_judge/$$(*D).toml $(judge) $(call prompts,09_judge,system judge) $$(call again,9)
+	$(call stage,09_judge,$<)
+$(call out,09_judge,patterns): data/%/09_judge.jsonl: \
+    data/%/08_pattern.jsonl stages/09_judge/$$(*D).toml $(judge) $(call prompts,09_judge,system judge) \
+    $(addprefix stages/08_pattern/,$(PATTERNS)) $$(call again,9)
+	$(call stage,09_judge,$<)
+
 $(call out,10_embed,compression): data/%/10_embed.jsonl: \
     data/%/04_validate.jsonl stages/10_embed/$$(*D).toml stages/10_embed/main.py $$(call again,10)
 	$(call stage,10_embed,$<)
+$(call out,10_embed,grounded patterns): data/%/10_embed.jsonl: \
+    data/%/09_judge.jsonl stages/10_embed/$$(*D).toml stages/10_embed/main.py $$(call again,10)
+	$(call stage,10_embed,$<)
 
-$(call out,11_deduplicate,compression): data/%/11_deduplicate.jsonl: \
+$(call out,11_deduplicate,$(TRACKS)): data/%/11_deduplicate.jsonl: \
     data/%/10_embed.jsonl stages/11_deduplicate/$$(*D).toml stages/11_deduplicate/main.py $$(call again,11)
 	$(call stage,11_deduplicate,$<)
 
-$(call out,12_choose,compression): data/%/12_choose.jsonl: \
+$(call out,12_choose,$(TRACKS)): data/%/12_choose.jsonl: \
     data/%/11_deduplicate.jsonl stages/12_choose/$$(*D).toml stages/12_choose/main.py $$(call again,12)
 	$(call stage,12_choose,$<)
 
-$(call out,13_format,compression): data/%/13_format.jsonl: \
+$(call out,13_format,$(TRACKS)): data/%/13_format.jsonl: \
     data/%/12_choose.jsonl stages/13_format/$$(*D).toml stages/13_format/main.py stages/13_format/exports.py \
-    $(call prompts,03_compress,system user) $$(call again,13)
+    stages/13_format/formats.py $(call prompts,03_compress,system user) $$(call again,13)
 	$(call stage,13_format,$<)
 
 %/.:
@@ -75,22 +112,30 @@ $(call out,13_format,compression): data/%/13_format.jsonl: \
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: FORCE help trial full compression setup lock test lint preflight estimate stats trace mock clean
-.PHONY: stage1 stage2 stage3 stage4 stage10 stage11 stage12 stage13
+.PHONY: FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean
+.PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13
 
-trial: data/trial/compression/13_format.jsonl ## every track at small scale; no keys, no money (APIS=mock)
+trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys, no money (APIS=mock)
 full: RUN = full
-full: data/full/compression/13_format.jsonl ## every track at production scale; starts with preflight
+full: $(foreach track,$(TRACKS),data/full/$(track)/13_format.jsonl) ## every track at production scale; starts with preflight
 compression: data/$(RUN)/compression/13_format.jsonl ## the compression track of RUN
+grounded: data/$(RUN)/grounded/13_format.jsonl ## the grounded track of RUN, from FACTS
+patterns: data/$(RUN)/patterns/13_format.jsonl ## the patterns track of RUN
 
+every = $(foreach track,$(TRACKS),data/$(RUN)/$(track)/$(1).jsonl)
 stage1: data/$(RUN)/compression/01_acquire.jsonl ## acquire: sources to RawText, pinned, with licences
 stage2: data/$(RUN)/compression/02_merge.jsonl ## merge: normalised, filtered, scrubbed, deduplicated
 stage3: data/$(RUN)/compression/03_compress.jsonl ## compress: RawText to Pair, by a local model, an endpoint or a teacher
 stage4: data/$(RUN)/compression/04_validate.jsonl ## validate: a model panel keeps task-equivalent pairs
-stage10: data/$(RUN)/compression/10_embed.jsonl ## embed: vectors beside the records
-stage11: data/$(RUN)/compression/11_deduplicate.jsonl ## deduplicate: near-duplicates out, cluster ids kept
-stage12: data/$(RUN)/compression/12_choose.jsonl ## choose: the best, balanced by domain and source
-stage13: data/$(RUN)/compression/13_format.jsonl ## format: training examples, splits, export directories
+stage5: data/$(RUN)/grounded/05_extract_qa.jsonl ## extract_qa: a facts file to questions and answers with quotes
+stage6: data/$(RUN)/grounded/06_validate_qa.jsonl ## validate_qa: another model checks each pair against its chunk
+stage7: data/$(RUN)/grounded/07_converse.jsonl ## converse: dialogues seeded by validated pairs, after a drawn plan
+stage8: data/$(RUN)/patterns/08_pattern.jsonl ## pattern: coding topics x preference patterns, evenly dealt
+stage9: data/$(RUN)/grounded/09_judge.jsonl data/$(RUN)/patterns/09_judge.jsonl ## judge: a boolean rubric; go or no go
+stage10: $(call every,10_embed) ## embed: vectors beside the records, every track
+stage11: $(call every,11_deduplicate) ## deduplicate: near-duplicates out, cluster ids kept
+stage12: $(call every,12_choose) ## choose: the best, balanced by domain and source
+stage13: $(call every,13_format) ## format: training examples, splits, export directories
 
 setup: .venv/.setup uv.lock ## the environment in .venv, from the hash-pinned exports, and uv.lock
 lock: .venv/.setup ## after editing pyproject.toml: write uv.lock and docker/requirements/ anew
@@ -126,6 +171,7 @@ help: ## this text
 	  APIS 'mock or live; default: live once there is a .env, else mock (now: $(APIS))' \
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
+	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
 	  ID 'the record that make trace follows (now: $(ID))' \
 	  PYTHON 'the Python (3.11 to 3.13) that set-up starts from (now: $(PYTHON))'
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "docker" / "requirements"
 UV = ROOT / ".venv" / "bin" / "uv"
-GROUPS = ("core", "llm", "data", "embed", "mlx", "tinker", "dev")
+GROUPS = ("core", "llm", "data", "embed", "mlx", "tinker", "tracing", "dev")
 
 
 def exported(group: str) -> str:
