@@ -35,49 +35,52 @@ again = $(if $(filter stage$(1),$(MAKECMDGOALS)),FORCE)
 # first: what the first stage of a track waits for: a full run begins with preflight
 first = $(if $(filter full/%,$(1)),preflight)
 prompts = $(foreach name,$(2),stages/$(1)/prompts/$(name).txt)
+code    = $(foreach name,main $(2),stages/$(1)/$(name).py)
 
 # ------------------------------------------------------------------------------------------------ stages
 
 $(call out,01_acquire,compression): data/%/01_acquire.jsonl: \
-    stages/01_acquire/$$(*D).toml stages/01_acquire/main.py stages/01_acquire/extract.py \
+    stages/01_acquire/$$(*D).toml \
+    $(call code,01_acquire,extract licences prose $(addprefix sources/,__init__ claude_export documents git huggingface package)) \
     $$(call again,1) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,01_acquire,)
 
 $(call out,02_merge,compression): data/%/02_merge.jsonl: \
-    data/%/01_acquire.jsonl stages/02_merge/$$(*D).toml stages/02_merge/main.py $$(call again,2)
+    data/%/01_acquire.jsonl stages/02_merge/$$(*D).toml $(call code,02_merge,duplicates spdx) $$(call again,2)
 	$(call stage,02_merge,$<)
 
 $(call out,03_compress,compression): data/%/03_compress.jsonl: \
-    data/%/02_merge.jsonl stages/03_compress/$$(*D).toml stages/03_compress/main.py \
+    data/%/02_merge.jsonl stages/03_compress/$$(*D).toml \
+    $(call code,03_compress,cleaning generation generation_store mlx_generator) \
     $(call prompts,03_compress,system user) $$(call again,3)
 	$(call stage,03_compress,$<)
 
 $(call out,04_validate,compression): data/%/04_validate.jsonl: \
-    data/%/03_compress.jsonl stages/04_validate/$$(*D).toml stages/04_validate/main.py \
+    data/%/03_compress.jsonl stages/04_validate/$$(*D).toml $(call code,04_validate) \
     $(call prompts,04_validate,system key_points implications explain write judge) $$(call again,4)
 	$(call stage,04_validate,$<)
 
 $(call out,05_extract_qa,grounded): data/%/05_extract_qa.jsonl: \
-    $(FACTS) stages/05_extract_qa/$$(*D).toml stages/05_extract_qa/main.py \
+    $(FACTS) stages/05_extract_qa/$$(*D).toml $(call code,05_extract_qa) \
     $(call prompts,05_extract_qa,system extract) $$(call again,5) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,05_extract_qa,$<)
 
 $(call out,06_validate_qa,grounded): data/%/06_validate_qa.jsonl: \
-    data/%/05_extract_qa.jsonl stages/06_validate_qa/$$(*D).toml stages/06_validate_qa/main.py \
+    data/%/05_extract_qa.jsonl stages/06_validate_qa/$$(*D).toml $(call code,06_validate_qa) \
     $(call prompts,06_validate_qa,system validate) $$(call again,6)
 	$(call stage,06_validate_qa,$<)
 
 $(call out,07_converse,grounded): data/%/07_converse.jsonl: \
-    data/%/06_validate_qa.jsonl stages/07_converse/$$(*D).toml stages/07_converse/main.py stages/07_converse/plans.py \
+    data/%/06_validate_qa.jsonl stages/07_converse/$$(*D).toml $(call code,07_converse,plans) \
     $(call prompts,07_converse,system converse) $$(call again,7)
 	$(call stage,07_converse,$<)
 
 $(call out,08_pattern,patterns): data/%/08_pattern.jsonl: \
-    stages/08_pattern/$$(*D).toml stages/08_pattern/main.py $(addprefix stages/08_pattern/,$(PATTERNS)) \
+    stages/08_pattern/$$(*D).toml $(call code,08_pattern) $(addprefix stages/08_pattern/,$(PATTERNS)) \
     $(call prompts,08_pattern,system pattern) $$(call again,8) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,08_pattern,)
 
-judge := stages/09_judge/main.py stages/09_judge/rubric.py stages/09_judge/gates.py
+judge := $(call code,09_judge,rubric gates)
 $(call out,09_judge,grounded): data/%/09_judge.jsonl: \
     data/%/07_converse.jsonl stages/09_judge/$$(*D).toml $(judge) $(call prompts,09_judge,system judge) $$(call again,9)
 	$(call stage,09_judge,$<)
@@ -87,23 +90,23 @@ $(call out,09_judge,patterns): data/%/09_judge.jsonl: \
 	$(call stage,09_judge,$<)
 
 $(call out,10_embed,compression): data/%/10_embed.jsonl: \
-    data/%/04_validate.jsonl stages/10_embed/$$(*D).toml stages/10_embed/main.py $$(call again,10)
+    data/%/04_validate.jsonl stages/10_embed/$$(*D).toml $(call code,10_embed) $$(call again,10)
 	$(call stage,10_embed,$<)
 $(call out,10_embed,grounded patterns): data/%/10_embed.jsonl: \
-    data/%/09_judge.jsonl stages/10_embed/$$(*D).toml stages/10_embed/main.py $$(call again,10)
+    data/%/09_judge.jsonl stages/10_embed/$$(*D).toml $(call code,10_embed) $$(call again,10)
 	$(call stage,10_embed,$<)
 
 $(call out,11_deduplicate,$(TRACKS)): data/%/11_deduplicate.jsonl: \
-    data/%/10_embed.jsonl stages/11_deduplicate/$$(*D).toml stages/11_deduplicate/main.py $$(call again,11)
+    data/%/10_embed.jsonl stages/11_deduplicate/$$(*D).toml $(call code,11_deduplicate,similar vectors) $$(call again,11)
 	$(call stage,11_deduplicate,$<)
 
 $(call out,12_choose,$(TRACKS)): data/%/12_choose.jsonl: \
-    data/%/11_deduplicate.jsonl stages/12_choose/$$(*D).toml stages/12_choose/main.py $$(call again,12)
+    data/%/11_deduplicate.jsonl stages/12_choose/$$(*D).toml $(call code,12_choose) $$(call again,12)
 	$(call stage,12_choose,$<)
 
 $(call out,13_format,$(TRACKS)): data/%/13_format.jsonl: \
-    data/%/12_choose.jsonl stages/13_format/$$(*D).toml stages/13_format/main.py stages/13_format/exports.py \
-    stages/13_format/formats.py $(call prompts,03_compress,system user) $$(call again,13)
+    data/%/12_choose.jsonl stages/13_format/$$(*D).toml $(call code,13_format,exports formats) \
+    $(call prompts,03_compress,system user) $$(call again,13)
 	$(call stage,13_format,$<)
 
 %/.:

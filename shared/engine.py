@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 ENGINES = ("embedded", "ray")
 
 
-@lru_cache(maxsize=1)
 def start() -> None:
-    """Import Daft and choose where it runs; once a process. Telemetry and progress bars are off.
+    """Import Daft and choose where it runs; the first call of a process decides. No telemetry, no progress bars.
 
     Raises:
         SettingsError: ``ENGINE`` is neither, or ``ray`` is asked for and not installed.
@@ -34,9 +33,14 @@ def start() -> None:
         raise SettingsError(f"ENGINE must be one of {', '.join(ENGINES)}, got {engine!r}", "ENGINE=embedded make trial")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise SettingsError("ENGINE=ray needs the ray package: it is not installed", "install ray, or ENGINE=embedded")
-    # Daft reads these when it is imported.
+    # Daft reads these at its import and again at every query.
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ["DAFT_PROGRESS_BAR"] = "0"
+    _run_on(engine)
+
+
+@lru_cache(maxsize=1)
+def _run_on(engine: str) -> None:
     import daft
 
     if engine == "ray":

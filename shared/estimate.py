@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -141,8 +142,11 @@ def load_params(name: str, run: str, track: str) -> tuple[ModuleType, Settings]:
 # ---------------------------------------------------------------- volumes
 
 
-def measured(path: Path) -> Volumes:
+def measured(path: Path, limit: int = 0) -> Volumes:
     """The volume of a finished ``.jsonl``. Lines that are no records are left to the stage that will reject them.
+
+    Args:
+        limit: lines to read at most; 0 = all.
 
     Raises:
         SettingsError: the file was written by another schema version.
@@ -152,7 +156,7 @@ def measured(path: Path) -> Volumes:
     adapter: TypeAdapter[Any] = TypeAdapter(union)
     sizes: dict[Domain, list[tuple[float, float]]] = defaultdict(list)
     with open(path, "rb") as lines:
-        for line in lines:
+        for line in islice(lines, limit or None):
             record = parse_line(line, adapter)[2]
             if record is not None:
                 sizes[record.domain].append((tokens_of(_text(record)), tokens_of(getattr(record, "compressed", ""))))
@@ -196,7 +200,7 @@ def offered(params: Settings) -> Flow:
 def passed_on(name: str, module: ModuleType, params: Settings, flow: Flow, kept: Span) -> Flow:
     """What a stage that has not run yet will hand to the next: what it makes of its input, less what it rejects."""
     if hasattr(module, "yields"):
-        flow = _flow(module.yields(params, volumes) for volumes in flow)
+        flow = _flow(module.yields(params, _present(volumes)) for volumes in flow)
     most = getattr(params, "limit", 0) or float("inf")  # 04 lets so many records of a domain through
     return _flow(
         {
@@ -212,6 +216,10 @@ def passed_on(name: str, module: ModuleType, params: Settings, flow: Flow, kept:
     )
 
 
+def _present(volumes: Volumes) -> Volumes:
+    return {domain: volume for domain, volume in volumes.items() if volume.records > 0}
+
+
 def _flow(volumes: Iterable[Volumes]) -> Flow:
     low, expected, high = volumes
     return low, expected, high
@@ -222,7 +230,7 @@ def keep_rates(directory: Path) -> dict[str, Span]:
     rates = dict(KEPT)
     for report in reports(directory):
         decided = report.counts.planned - report.counts.reasons.get("pending", 0)
-        if decided > 0:
+        if report.counts.kept and decided > 0:  # a stage that kept nothing is going to be mended first
             rate = report.counts.kept / decided
             rates[report.stage] = (rate * (1 - KEPT_MARGIN), rate, min(1.0, rate * (1 + KEPT_MARGIN)))
     return rates
@@ -266,7 +274,7 @@ def _track(run: str, track: str, stages: list[str], directory: Path) -> list[Row
 def _rows(track: str, name: str, module: ModuleType, params: Settings, flow: Flow, basis: str) -> list[Row]:
     sums: dict[tuple[str, str], list[list[float]]] = defaultdict(lambda: [[0.0] * 3 for _ in range(3)])
     for k, volumes in enumerate(flow):
-        asked: list[Calls] = module.calls(params, {domain: v for domain, v in volumes.items() if v.records > 0})
+        asked: list[Calls] = module.calls(params, _present(volumes))
         for call in asked:
             factor = (call.low, 1.0, call.high)[k]
             total = sums[call.model, call.base_url]
@@ -278,6 +286,17 @@ def _rows(track: str, name: str, module: ModuleType, params: Settings, flow: Flo
         for (model, url), (calls, inputs, outputs) in sums.items()
         if any(calls)
     ]
+
+
+def announcement(module: Any, name: str, params: Settings, source: Path | None, limit: int = 0) -> str:
+    """One line on what a stage that is about to ask will ask and cost; ``""`` when its module has no ``calls``."""
+    if not hasattr(module, "calls"):
+        return ""
+    volumes = measured(source, limit) if source and source.exists() else {}
+    rows = _rows("", name, module, params, (volumes, volumes, volumes), "")
+    low, expected, high = total_usd(rows)
+    calls = sum(row.calls[1] for row in rows)
+    return f"{name}  about {_count(calls)} calls, ${expected:,.4f} (${low:,.4f} to ${high:,.4f}), less what is stored"
 
 
 def unforeseen(run: str) -> list[str]:

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def open_dataset(
         data_files: paths or patterns inside the repository, instead of ``data_dir``.
 
     Raises:
-        KeyMissingError: the data set is gated, and there is no token or its terms are not accepted.
+        KeyMissingError: the token is refused, or the data set is gated and its terms are not accepted with it.
         SettingsError: there is no such data set, revision, configuration, folder or split, or it is a script.
         ProviderError: the Hub does not answer.
     """
@@ -134,7 +135,7 @@ def download(repo_id: str, revision: str, patterns: Sequence[str], kind: Kind = 
 
     Raises:
         SettingsError: the revision is not a commit hash, there is no such repository or commit, or no file matches.
-        KeyMissingError: the repository is gated, and there is no token or its terms are not accepted.
+        KeyMissingError: the token is refused, or the repository is gated and its terms are not accepted with it.
         ProviderError: the Hub does not answer.
     """
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -147,7 +148,9 @@ def download(repo_id: str, revision: str, patterns: Sequence[str], kind: Kind = 
 
     with _explained(repo_id, revision, kind):
         path = Path(snapshot_download(repo_id, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
-    if not any(file.is_file() for file in path.rglob("*")):
+    # The folder also holds what earlier calls asked for, so only a file that matches counts.
+    files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    if not any(fnmatch(file, pattern) for file in files for pattern in patterns):
         raise SettingsError(
             f"{repo_id} at {revision[:12]} has no file that matches {', '.join(patterns)}", "correct the patterns"
         )
@@ -213,6 +216,11 @@ def _explained(repo_id: str, revision: str, kind: Kind = "dataset") -> Iterator[
     except hub.RepositoryNotFoundError:
         raise _missing(repo_id, kind) from None
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, httpx2.HTTPError, ConnectionError) as error:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code == 401:
+            raise KeyMissingError(
+                f"the Hub refuses the token in HF_TOKEN when asked for {repo_id}", "put a valid read token in .env"
+            ) from None
         raise _unreachable(repo_id, error) from None
     except Exception as error:
         if kind != "dataset" or (told := _dataset_error(error, repo_id, revision)) is None:

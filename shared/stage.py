@@ -483,9 +483,10 @@ class Stage(Generic[P]):
 
     def _report(self, spending: Any, seconds: float) -> dict[str, Any]:
         prompts = self.script.parent / "prompts"
+        code = sorted(path for path in self.script.parent.rglob("*.py"))
         inputs = [
             self.config,
-            self.script,
+            *code,
             *([prompts] if prompts.is_dir() else []),
             *([self.input] if self.input else []),
         ]

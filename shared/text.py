@@ -89,7 +89,8 @@ class Tokenizer:
             on the Hub, where the revision is a full commit hash, so that counts never change under our feet.
 
     Raises:
-        SettingsError: nothing is there, the revision is not 40 hex digits, or the file is no tokenizer.
+        SettingsError: nothing is there, the revision is not 40 hex digits, or the file is no tokenizer; see also
+            :func:`shared.hub.download`.
 
     For a Hub tokenizer call :meth:`shared.stage.Stage.services` before the first count: ``huggingface_hub`` reads its
     endpoint when it is imported.
@@ -112,7 +113,9 @@ class Tokenizer:
     def _tokenizer(self) -> tokenizers.Tokenizer:
         import tokenizers
 
-        path = self._local or _download_tokenizer(*self._hub)
+        from shared.hub import download
+
+        path = self._local or download(*self._hub, ["tokenizer.json"]) / "tokenizer.json"
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for every malformed file
@@ -143,20 +146,6 @@ def _find_tokenizer(spec: str) -> tuple[Path | None, tuple[str, str]]:
         f"no tokenizer at {spec!r}: expected a directory with tokenizer.json, that file, or org/name@<commit hash>",
         "correct the tokenizer in the settings",
     )
-
-
-def _download_tokenizer(repository: str, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, "tokenizer.json", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise SettingsError(
-            f"tokenizer.json of {repository} at {revision} cannot be had: {first_line}",
-            "check the name and the revision; for a gated repository set HF_TOKEN; offline, give a local directory",
-        ) from error
 
 
 # ---------------------------------------------------------------- secrets and personal contacts

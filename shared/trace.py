@@ -185,9 +185,10 @@ class Teller:
     def text(self, name: str, text: str, depth: int) -> Iterator[str]:
         """A text: whole and indented with ``--full``, else its beginning on one line and its length; once."""
         pad = "  " * depth
-        if len(text) > SHORT and (where := self.seen.setdefault(text, name)) != name:
-            yield f"{pad}{name}  the same as {where} above"
+        if len(text) > SHORT and text in self.seen:
+            yield f"{pad}{name}  the same as {self.seen[text]} above"
             return
+        self.seen[text] = name
         if self.full and ("\n" in text or len(text) > SHORT):
             yield f"{pad}{name}"
             yield from (f"{pad}  {line}".rstrip() for line in text.splitlines())

@@ -62,6 +62,12 @@ def phrase(statement: Statement, style: Style) -> str:
     return " ".join(said)
 
 
+def sentence(statement: Statement, style: Style) -> str:
+    """A statement in a model's words, as a sentence."""
+    text = phrase(statement, style)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _shares(statements: Sequence[Statement], kind: Kind) -> list[str]:
     """For each statement, its share of what the text says, and with all before it, in percent."""
     weights = [reading.weight(statement, kind) for statement in statements]
@@ -130,7 +136,7 @@ def summary(statements: Sequence[Statement], style: Style) -> str:
     chosen = sorted(
         range(len(statements)), key=lambda i: (-reading.weight(statements[i], "prose") * (2 if i == 0 else 1), i)
     )[:3]
-    return " ".join(f"{phrase(statements[i], style)}." for i in sorted(chosen)).capitalize()
+    return " ".join(sentence(statements[i], style) for i in sorted(chosen))
 
 
 def relevant(question: str, statements: Sequence[Statement], most: int = 2) -> list[Statement]:

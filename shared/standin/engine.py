@@ -196,6 +196,6 @@ def _plain(asked: Asked, model: str) -> str:
         return answering.summary(statements, style)
     else:
         found = answering.relevant(asked.instruction, statements)
-        lines = [f"{answering.phrase(s, style)}.".capitalize() for s in found]
+        lines = [answering.sentence(s, style) for s in found]
         return " ".join(lines) or "The text says nothing about it."
     return "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) or "The text says nothing."

@@ -215,7 +215,7 @@ class Filler:
             return [_question(s) for s in self.statements[:MAX_OBJECTS]]
         if re.search(r"quote|evidence|span|sentence|citation", low):
             return [s.source for s in answering.relevant(self.question, self.statements)]
-        return [f"{answering.phrase(s, self.style)}." for s in self.statements]
+        return [answering.sentence(s, self.style) for s in self.statements]
 
     def _string(self, name: str, meaning: str, index: int) -> str:
         if name in ("code", "program", "source_code", "snippet") and self.code:
@@ -240,11 +240,11 @@ class Filler:
         if name in ("content", "message", "text") and index % 2 == 0:
             return _question(statement)
         if name in ("content", "message", "text"):
-            return f"{answering.phrase(self.statements[(index - 1) % len(self.statements)], self.style)}.".capitalize()
+            return answering.sentence(self.statements[(index - 1) % len(self.statements)], self.style)
         if index == 0 and self.question and re.search(r"answer|response|reply|output", name):
             found = answering.relevant(self.question, self.statements)
-            return " ".join(f"{answering.phrase(s, self.style)}." for s in found).capitalize()
-        return f"{answering.phrase(statement, self.style)}.".capitalize()
+            return " ".join(answering.sentence(s, self.style) for s in found)
+        return answering.sentence(statement, self.style)
 
 
 def _fitted(text: str, schema: Schema) -> str:

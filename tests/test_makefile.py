@@ -1,0 +1,297 @@
+"""The Makefile: what hangs on what, that planning changes nothing, and that GNU Make 3.81 (macOS) sees it the same way.
+
+No stage runs here: outputs are empty files with the right ages. `MAKE381=/path/to/make` adds that version.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, copy_of_repository, make
+
+STAGES = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists())
+DESIGN = {
+    "compression": ("01", "02", "03", "04", "10", "11", "12", "13", "14", "15", "16"),
+    "grounded": ("05", "06", "07", "09", "10", "11", "12", "13", "14", "15", "16"),
+    "patterns": ("08", "09", "10", "11", "12", "13", "14", "15", "16"),
+}
+"""Which stages each track has, in order."""
+PLAN = {track: [stage for stage in STAGES if stage[:2] in numbers] for track, numbers in DESIGN.items()}
+STEP = re.compile(r"stages/(\d\d_\w+)/main\.py.* --out (\S+) --config (\S+) --track (\w+) --limit (\d+)")
+
+Step = tuple[str, str]
+"""A stage and a track."""
+Make = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def tracks_of(stage: str) -> list[str]:
+    return [track for track, stages in PLAN.items() if stage in stages]
+
+
+def after(*stages: str) -> set[Step]:
+    """These stages and all that hangs on them."""
+    return {
+        (later, track)
+        for stage in stages
+        for track in tracks_of(stage)
+        for later in PLAN[track][PLAN[track].index(stage) :]
+    }
+
+
+def steps(plan: str, run: str = "trial") -> list[Step]:
+    """The stages of a run in the order that `make -n` would run them."""
+    found = []
+    for line in plan.splitlines():
+        if match := STEP.search(line):
+            stage, out, config, track, _ = match.groups()
+            if out.startswith(f"data/{run}/"):
+                assert out.startswith(f"data/{run}/{track}/{stage}."), line
+                assert config == f"stages/{stage}/{run}.toml", line
+                found.append((stage, track))
+    return found
+
+
+def listing(root: Path) -> dict[str, float]:
+    """Every file and directory with its age."""
+    return {str(p.relative_to(root)): p.lstat().st_mtime for p in root.rglob("*") if ".git" not in p.parts}
+
+
+@pytest.fixture(params=["make", "make 3.81"])
+def program(request: pytest.FixtureRequest) -> str:
+    if request.param == "make":
+        return "make"
+    old = os.environ.get("MAKE381", "")
+    if not old:
+        pytest.skip("NOT TESTED with GNU Make 3.81: set MAKE381=/path/to/make (on macOS: /usr/bin/make)")
+    version = subprocess.run([old, "--version"], capture_output=True, text=True, check=True).stdout
+    assert "GNU Make 3.81" in version
+    return old
+
+
+@pytest.fixture(scope="module")
+def _copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of_repository(tmp_path_factory.mktemp("makefile") / "synthmill")
+
+
+@pytest.fixture
+def fresh(_copy: Path) -> Iterator[Path]:
+    """A copy in which nothing was made yet, everything in it equally old."""
+    yield _copy
+    for run in ("trial", "full", "cache"):
+        shutil.rmtree(_copy / "data" / run, ignore_errors=True)
+    for path in _copy.rglob("*"):
+        if path.is_file() and ".git" not in path.parts and ".venv" not in path.parts:
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+    os.utime(_copy / ".venv" / ".setup", (1_000_000_001, 1_000_000_001))
+    os.utime(_copy / "uv.lock", (1_000_000_002, 1_000_000_002))
+
+
+@pytest.fixture
+def run_make(fresh: Path, program: str) -> Make:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return make(fresh, *arguments, MAKE=program)
+
+    return call
+
+
+@pytest.fixture
+def built(fresh: Path, run_make: Make) -> Path:
+    """A copy in which both runs are made."""
+    for path in fresh.rglob("*"):
+        if path.is_file() and ".git" not in path.parts and ".venv" not in path.parts:
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+    os.utime(fresh / ".venv" / ".setup", (1_000_000_001, 1_000_000_001))
+    age = 1_000_000_010
+    for run in ("trial", "full"):
+        for line in run_make("-n", run).stdout.splitlines():
+            if match := STEP.search(line):
+                out = fresh / match[2]
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.touch()
+                os.utime(out, (age, age))
+                age += 1
+    return fresh
+
+
+def touch(path: Path) -> None:
+    assert path.exists()
+    os.utime(path, (1_100_000_000, 1_100_000_000))
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_trial_is_every_stage_of_every_track_in_order(run_make: Make) -> None:
+    plan = run_make("-n", "trial")
+    assert plan.returncode == 0, plan.stderr
+    for track, stages in PLAN.items():
+        assert [stage for stage, t in steps(plan.stdout) if t == track] == stages
+    assert steps(plan.stdout, "full") == []
+
+
+def test_the_full_run_is_the_same_and_starts_with_preflight(run_make: Make) -> None:
+    plan = run_make("-n", "full").stdout
+    for track, stages in PLAN.items():
+        assert [stage for stage, t in steps(plan, "full") if t == track] == stages
+    first = min(plan.index(f"stages/{stage}/main.py") for stage in STAGES)
+    assert "shared.preflight --run full" in plan[:first]
+    assert plan.count("shared.preflight") == 1
+
+
+def test_each_step_reads_what_the_step_before_it_wrote(run_make: Make) -> None:
+    plan = run_make("-n", "trial").stdout
+    for track, stages in PLAN.items():
+        for before, stage in itertools.pairwise(stages):
+            (line,) = (
+                one for one in plan.splitlines() if f"stages/{stage}/main.py" in one and f"--track {track}" in one
+            )
+            assert f"--in data/trial/{track}/{before}.jsonl " in line
+
+
+def test_planning_creates_nothing_and_needs_no_set_up(tmp_path: Path, program: str) -> None:
+    copy = copy_of_repository(tmp_path / "synthmill")
+    shutil.rmtree(copy / ".venv")
+    (copy / "uv.lock").unlink()
+    before = listing(copy)
+    for target in ("trial", "full", "setup", "test", "stage4"):
+        plan = make(copy, "-n", target, MAKE=program)
+        assert plan.returncode == 0, plan.stderr
+        assert plan.stdout.count("docker/setup.py") == 1, "it says that set-up comes first, once"
+    assert make(copy, "help", MAKE=program).returncode == 0
+    assert listing(copy) == before
+
+
+def test_planning_in_parallel_finds_the_same_steps(run_make: Make) -> None:
+    assert sorted(steps(run_make("-n", "-j8", "trial").stdout)) == sorted(steps(run_make("-n", "trial").stdout))
+
+
+# ---------------------------------------------------------------- what hangs on what
+
+
+def test_a_second_run_does_nothing(built: Path, run_make: Make) -> None:
+    again = run_make("-q", "trial")
+    assert again.returncode == 0, run_make("-n", "trial").stdout
+    assert steps(run_make("-n", "full").stdout, "full") == []
+
+
+def test_changed_settings_run_again_what_hangs_on_them_and_nothing_else(built: Path, run_make: Make) -> None:
+    for stage in STAGES:
+        for run, other in (("trial", "full"), ("full", "trial")):
+            settings = built / "stages" / stage / f"{run}.toml"
+            touch(settings)
+            assert set(steps(run_make("-n", run).stdout, run)) == after(stage)
+            assert steps(run_make("-n", other).stdout, other) == [], f"{stage}/{run}.toml is no business of {other}"
+            os.utime(settings, (1_000_000_000, 1_000_000_000))
+
+
+def source_files(stage: str) -> list[str]:
+    """Everything in a stage's directory that its output depends on, but for the settings."""
+    root = ROOT / "stages" / stage
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and path.name not in ("trial.toml", "full.toml")
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_prompt_and_module_of_a_stage_is_a_prerequisite(built: Path, run_make: Make, stage: str) -> None:
+    assert f"stages/{stage}/main.py" in source_files(stage)
+    for name in source_files(stage):
+        touch(built / name)
+        planned = steps(run_make("-n", "trial").stdout)
+        missing = after(stage) - set(planned)
+        assert not missing, f"{name} changes what {stage} writes, but make would not run it again"
+        os.utime(built / name, (1_000_000_000, 1_000_000_000))
+
+
+def test_a_lost_output_is_made_again_with_what_hangs_on_it(built: Path, run_make: Make) -> None:
+    (built / "data/trial/compression/04_validate.jsonl").unlink()
+    expected = {(stage, track) for stage, track in after("04_validate") if track == "compression"}
+    assert set(steps(run_make("-n", "trial").stdout)) == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_n_runs_that_one_again_although_it_is_up_to_date(built: Path, run_make: Make, stage: str) -> None:
+    plan = run_make("-n", f"stage{int(stage[:2])}").stdout
+    assert sorted(steps(plan)) == sorted((stage, track) for track in tracks_of(stage))
+    full = run_make("-n", f"stage{int(stage[:2])}", "RUN=full").stdout
+    assert sorted(steps(full, "full")) == sorted((stage, track) for track in tracks_of(stage))
+    assert steps(full) == []
+
+
+def test_a_fresh_environment_does_not_make_paid_outputs_anew(built: Path, run_make: Make) -> None:
+    touch(built / ".venv" / ".setup")
+    assert run_make("-q", "trial").returncode == 0
+
+
+def test_clean_removes_one_run_and_leaves_the_paid_answers(built: Path, run_make: Make) -> None:
+    (built / "data/cache").mkdir()
+    (built / "data/cache/live.sqlite").write_text("paid")
+    inputs = set((built / "data/inputs").rglob("*"))
+    assert run_make("clean").returncode == 0
+    assert not (built / "data/trial").exists()
+    assert (built / "data/full/compression/13_format.jsonl").exists()
+    assert (built / "data/cache/live.sqlite").read_text() == "paid"
+    assert set((built / "data/inputs").rglob("*")) == inputs
+    assert (built / "models" / "tiny").exists() == (ROOT / "models" / "tiny").exists()
+
+
+@pytest.mark.parametrize("run", ["inputs", "cache", "tiny", "", "../..", "trail", ". trial"])
+def test_clean_refuses_what_is_no_run(run_make: Make, run: str) -> None:
+    refused = run_make("-n", "clean", f"RUN={run}")  # only planned: this test must not depend on being right
+    assert refused.returncode != 0 and "RUN" in refused.stderr
+    assert "rm " not in refused.stdout
+
+
+def test_limit_reaches_every_stage(run_make: Make) -> None:
+    plan = run_make("-n", "trial", "LIMIT=7").stdout
+    assert {match[5] for match in STEP.finditer(plan)} == {"7"}
+
+
+# ---------------------------------------------------------------- help and directories
+
+
+def words(name: str) -> list[str]:
+    return [
+        word for line in re.findall(rf"^{name}:(.*)$", (ROOT / "Makefile").read_text(), re.M) for word in line.split()
+    ]
+
+
+def test_help_names_every_target_and_every_variable(run_make: Make) -> None:
+    shown = run_make("help").stdout
+    assert run_make().stdout == shown, "make alone is make help"
+    targets_shown, variables_shown = (
+        set(re.findall(r"^  (\w+) ", part, re.M)) for part in shown.split("\nvariables\n")
+    )
+    assert targets_shown == set(words(r"\.PHONY")) - {"FORCE"}
+    assert variables_shown == set(re.findall(r"^(\w+) *\?=", (ROOT / "Makefile").read_text(), re.M))
+
+
+def test_every_stage_has_a_rule_a_help_line_and_its_settings() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for stage in STAGES:
+        assert re.search(rf"^\$\(call out,{stage},", makefile, re.M), f"no rule for {stage}"
+        name = stage[3:]
+        assert re.search(rf"^stage{int(stage[:2])}: .*## {name}: ", makefile, re.M), f"no help line for {stage}"
+        for run in ("trial", "full"):
+            assert (ROOT / "stages" / stage / f"{run}.toml").exists()
+    ruled = set(re.findall(r"^\$\(call out,(\d\d_\w+),", makefile, re.M))
+    assert ruled == set(STAGES), "and no rule is for a stage that does not exist"
+
+
+def test_no_decision_is_made_while_the_makefile_is_read() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "$(shell" not in makefile and "wildcard" not in makefile
+    assert not re.search(r"^\t[^#\n]*[^|]\|[^|]", makefile, re.M), (
+        "3.81 knows no pipefail: a pipe in a recipe hides a failure"
+    )
+    assert "&:" not in makefile, "3.81 runs the recipe of grouped targets twice"

@@ -1,0 +1,362 @@
+"""The reply store and the ledger: what is paid for is kept, counted once, and never misread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shared.llm.store as store_module
+from shared.errors import BudgetError, SettingsError, SynthmillError
+from shared.llm.catalogue import NANO
+from shared.llm.store import STALE_S, Entry, Store
+from shared.llm.types import Answer, Usage
+from shared.stage import ROOT
+
+ANSWER = Answer(text="naïve 文 \x00 →", stop="stop", detail="end_turn", usage=Usage(input=12, output=5), served_by="m")
+WIRE = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def entry(key: str = "k", run: str = "trial", nano: int = 1_000) -> Entry:
+    where: dict[str, Any] = {"run": run, "track": "compression", "stage": "04_validate"}
+    return Entry(key=key, model="openai/m", **where, input=12, output=5, cached=0, nano=nano)
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """The result of ``work``, which must not take longer: a hang is a failure, not a hang of the suite."""
+    done: list[Any] = []
+
+    def call() -> None:
+        try:
+            done.append((work(), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert done, f"still waiting after {seconds} s"
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def fill(path: Path, *keys: str) -> None:
+    """A store with these answers in it."""
+    store = Store(path)
+    asyncio.run(_puts(store, keys))
+    store.close()
+
+
+async def _puts(store: Store, keys: tuple[str, ...]) -> None:
+    await asyncio.gather(*(store.put(entry(key), WIRE, ANSWER) for key in keys))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "mock.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    opened = Store(path)
+    yield opened
+    within(20, opened.close)
+
+
+# ---------------------------------------------------------------- keeping
+
+
+def test_an_answer_is_found_again_with_its_question_and_its_price(store: Store) -> None:
+    assert store.answer("k") is None and store.request("k") is None
+    asyncio.run(store.put(entry(), WIRE, ANSWER))
+    assert store.answer("k") == ANSWER
+    assert store.request("k") == WIRE
+    assert store.spent_usd("trial") == 1_000 / NANO and store.spent_usd("full") == 0
+    (row,) = store.rows("SELECT * FROM ledger")
+    assert (row["key"], row["model"], row["stage"], row["input"], row["nano"]) == (
+        "k",
+        "openai/m",
+        "04_validate",
+        12,
+        1000,
+    )
+
+
+def test_vectors_are_found_again(store: Store) -> None:
+    asyncio.run(store.put_vectors(entry("call"), {"a": b"\0\0\x80?", "b": b""}))
+    assert store.vector("a") == b"\0\0\x80?" and store.vector("b") == b"" and store.vector("c") is None
+    assert len(store.rows("SELECT * FROM ledger")) == 1, "one call, one line, whatever it brought"
+
+
+def test_all_of_it_survives_the_process(path: Path) -> None:
+    fill(path, "a", "b")
+    again = Store(path)
+    assert again.answer("a") == ANSWER and again.answer("b") == ANSWER
+    assert again.spent_usd("trial") == 2_000 / NANO
+    again.close()
+
+
+def test_an_answer_is_on_disk_when_put_returns(path: Path) -> None:
+    code = (
+        "import asyncio, os, pathlib, signal, sys\n"
+        "from shared.llm.store import Entry, Store\n"
+        "from shared.llm.types import Answer\n"
+        "e = Entry(key='k', model='openai/m', run='trial', track='t', stage='s', input=1, output=1, cached=0, nano=7)\n"
+        "async def main():\n"
+        "    await Store(pathlib.Path(sys.argv[1])).put(e, {}, Answer(text='paid', stop='stop'))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    again = Store(path)
+    answer = again.answer("k")
+    assert answer is not None and answer.text == "paid" and again.spent_usd("trial") == 7 / NANO
+    again.close()
+
+
+def test_many_answers_share_a_commit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+    commit = store_module._commit
+
+    def counted(db: sqlite3.Connection, group: list[Any]) -> None:
+        groups.append(len(group))
+        commit(db, group)
+
+    monkeypatch.setattr(store_module, "_commit", counted)
+    keys = tuple(f"k{n}" for n in range(500))
+    asyncio.run(_puts(store, keys))
+    assert sum(groups) == 500 and len(groups) <= 50, f"{len(groups)} commits for 500 answers"
+    assert all(store.answer(key) == ANSWER for key in keys)
+
+
+@pytest.mark.slow
+def test_processes_share_one_file(path: Path) -> None:
+    code = (
+        "import asyncio, pathlib, sys\n"
+        "from tests.test_store import fill\n"
+        "fill(pathlib.Path(sys.argv[1]), *(f'{sys.argv[2]}{n}' for n in range(300)))\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, path, name], cwd=ROOT) for name in "abc"]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    store = Store(path)
+    assert store.rows("SELECT COUNT(*) AS n FROM replies")[0]["n"] == 900
+    assert store.spent_usd("trial") == 900_000 / NANO
+    store.close()
+
+
+# ---------------------------------------------------------------- versions and broken files
+
+
+def other_version(path: Path, version: int, journal: str) -> bytes:
+    """A store as another version of this code would leave it; its bytes."""
+    fill(path, "a")
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA journal_mode = {journal}")
+    db.execute(f"PRAGMA user_version = {version}")
+    db.execute("ALTER TABLE replies RENAME COLUMN answer TO reply")
+    db.commit()
+    db.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+@pytest.mark.parametrize("version", [2, 99])
+def test_a_store_of_another_version_is_refused_and_not_touched(path: Path, version: int, journal: str) -> None:
+    before = other_version(path, version, journal)
+    with pytest.raises(SettingsError) as refused:
+        Store(path)
+    assert f"{path} has schema version {version}; this code reads 1" in str(refused.value)
+    assert "not touched" in str(refused.value) and "check out the code that wrote it" in refused.value.mend
+    assert path.read_bytes() == before
+
+
+def test_somebody_elses_database_is_refused_and_not_touched(path: Path) -> None:
+    path.parent.mkdir()
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE notes (text)")
+    db.commit()
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match="schema version 0"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused_and_not_touched(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database at all, but longer than a header of one hundred bytes " * 4)
+    before = path.read_bytes()
+    with pytest.raises(SettingsError) as refused:
+        Store(path)
+    assert f"the reply store {path} cannot be used" in str(refused.value) and "restore a backup" in refused.value.mend
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_page_is_a_message_and_not_an_answer(path: Path) -> None:
+    keys = [f"k{n:04}" for n in range(2000)]
+    fill(path, *keys)
+    data = bytearray(path.read_bytes())
+    for page in range(2 * 4096, len(data) - 4096, 4096):
+        data[page : page + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    with pytest.raises(SettingsError) as refused:
+        store = Store(path)
+        try:
+            for key in keys:
+                assert store.answer(key) in (ANSWER, None)
+        finally:
+            store.close()
+    assert str(path) in str(refused.value) and "restore a backup" in refused.value.mend
+
+
+def test_a_damaged_answer_is_a_message_and_not_an_answer(path: Path) -> None:
+    fill(path, "k")
+    db = sqlite3.connect(path)
+    db.execute("UPDATE replies SET answer = x'00112233'")
+    db.commit()
+    db.close()
+    store = Store(path)
+    with pytest.raises(SettingsError, match=f"the reply store {path} .*"):
+        store.answer("k")
+    store.close()
+
+
+def test_a_place_that_cannot_be_opened_does_not_advise_to_throw_the_store_away(path: Path) -> None:
+    path.mkdir(parents=True)  # sqlite: unable to open database file
+    with pytest.raises(SynthmillError) as refused:
+        Store(path)
+    assert str(path) in str(refused.value)
+    assert "mv " not in refused.value.mend, "nothing is wrong with what is in it"
+
+
+# ---------------------------------------------------------------- money
+
+
+def asked(store: Store, *work: Coroutine[Any, Any, None]) -> list[BaseException | None]:
+    async def together() -> list[BaseException | None]:
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    return asyncio.run(together())
+
+
+def test_reservations_of_all_processes_count_against_the_budget(path: Path) -> None:
+    one, two = Store(path), Store(path)
+    results = asked(one, *(s.reserve("trial", 10, 95) for s in (one, two) * 10))
+    refused = [r for r in results if r is not None]
+    assert len(results) - len(refused) == 9, "9 x 10 fit into 95"
+    assert all(isinstance(error, BudgetError) and error.exit_code == 5 for error in refused)
+    assert "BUDGET_USD=" in str(refused[0]) and "go on with BUDGET_USD=<more> make trial" in str(refused[0])
+    one.close()
+    two.close()
+
+
+def test_what_is_given_back_can_be_reserved_again(store: Store) -> None:
+    assert asked(store, store.reserve("trial", 10, 10)) == [None]
+    assert isinstance(asked(store, store.reserve("trial", 1, 10))[0], BudgetError)
+    asked(store, store.release(10))
+    assert asked(store, store.reserve("trial", 10, 10)) == [None]
+
+
+def test_what_is_paid_takes_the_place_of_what_was_reserved(store: Store) -> None:
+    asked(store, store.reserve("trial", 100, 100))
+    asked(store, store.put(entry(nano=30), WIRE, ANSWER, reserved=100))
+    assert store.spent_usd("trial") == 30 / NANO
+    assert asked(store, store.reserve("trial", 70, 100)) == [None]
+    assert isinstance(asked(store, store.reserve("trial", 1, 100))[0], BudgetError)
+
+
+def test_each_run_has_its_own_budget(store: Store) -> None:
+    asked(store, store.put(entry(run="trial", nano=100), WIRE, ANSWER))
+    assert asked(store, store.reserve("full", 100, 100)) == [None]
+
+
+def test_a_process_that_ends_gives_back_what_it_reserved(path: Path) -> None:
+    one = Store(path)
+    asked(one, one.reserve("trial", 100, 100))
+    one.close()
+    two = Store(path)
+    assert asked(two, two.reserve("trial", 100, 100)) == [None]
+    two.close()
+
+
+def test_what_a_killed_process_reserved_is_free_in_the_end(path: Path) -> None:
+    one, two = Store(path), Store(path)
+    asked(one, one.reserve("trial", 100, 100))
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE reserved SET at = at - ?", (STALE_S + 1,))
+    db.close()
+    assert asked(two, two.reserve("trial", 100, 100)) == [None]
+    one.close()
+    two.close()
+
+
+# ---------------------------------------------------------------- never waiting for ever
+
+
+def test_closing_while_writes_are_queued_writes_them(path: Path) -> None:
+    store = Store(path)
+
+    async def leave_in_a_hurry() -> None:
+        # An interrupt does this: the task that waits for its write is cancelled, the write is queued already.
+        writes = [asyncio.create_task(store.put(entry(f"k{n}"), WIRE, ANSWER)) for n in range(3)]
+        await asyncio.sleep(0)
+        for write in writes:
+            write.cancel()
+
+    asyncio.run(leave_in_a_hurry())
+    within(20, store.close)
+    again = Store(path)
+    assert [again.answer(f"k{n}") for n in range(3)] == [ANSWER] * 3
+    again.close()
+
+
+def test_a_store_that_breaks_under_way_is_an_error_and_not_a_hang(path: Path) -> None:
+    store = Store(path)
+    shutil.rmtree(path.parent)
+    path.parent.write_text("a file where the directory was")
+    with pytest.raises(SynthmillError, match=r"reply store"):
+        within(20, lambda: asyncio.run(store.put(entry(), WIRE, ANSWER)))
+    within(20, store.close)
+
+
+def test_a_full_disk_is_an_error_and_what_was_kept_stays(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", place], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"NOT TESTED: a small file system needs mount rights here ({mounted.stderr.strip()})")
+    try:
+        store = Store(place / "mock.sqlite")
+        asked(store, store.put(entry("first"), WIRE, ANSWER))
+        big = Answer(text=os.urandom(400_000).hex(), stop="stop")
+        failure = within(20, lambda: asked(store, store.put(entry("big"), WIRE, big)))[0]
+        assert isinstance(failure, SynthmillError)
+        assert "reply store cannot be written" in str(failure) and "free some disk" in str(failure)
+        assert store.answer("big") is None and store.answer("first") == ANSWER
+        assert store.spent_usd("trial") == 1_000 / NANO, "an answer that is not kept is not billed either"
+        assert asked(store, store.put(entry("small"), WIRE, ANSWER)) == [None]
+        within(20, store.close)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_reading_from_other_threads_is_not_needed_but_harmless(store: Store) -> None:
+    asyncio.run(store.put(entry(), WIRE, ANSWER))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(store.answer, "k").result() == ANSWER
