@@ -46,6 +46,8 @@ PRICES_DAYS = 90
 GIB = 2**30
 BYTES_PER_RECORD = 100_000
 """Eight stage files and their rejects (40 kB), a vector (4 kB), 8 answers and their embeddings, stored (50 kB)."""
+ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
+"""What an mlx-lm adapter is made of."""
 DOWNLOADS_BYTES = 3 * GIB
 """Shallow clones of the production sources (about 0.5 GiB) and the Hub's cache of the files rows are read from."""
 MODEL_BYTES = 5 * GIB
@@ -114,24 +116,20 @@ def sources(track: str, module: ModuleType, params: Any) -> list[Check]:
     return checks or ([Check(f"sources {track}", "ok", f"{count} listed, all local ones readable")] if count else [])
 
 
-def generator(directory: Path, module: ModuleType, params: Any) -> list[Check]:
+def generator(module: ModuleType, params: Any) -> list[Check]:
     """Whether 03 can write: tokenizer, and for ``mlx`` the model, the adapter and MLX itself."""
-    checks = []
-    try:
-        module.pinned("tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")
-        checks.append(Check("tokenizer", "ok", params.tokenizer))
-    except SynthmillError as error:
-        checks.append(missed("tokenizer", error))
+    table = module.table_of(params)
+    checks = [pinned(module, "tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")]
     if params.generator != "mlx":
-        table = module.table_of(params)
         return [*checks, Check("generator", "ok", f"{params.generator}: {table.model}; no adapter is needed")]
-    try:
-        prompt = module.Prompt(*((directory / "prompts" / f"{name}.txt").read_text("utf-8") for name in _PROMPTS))
-        sampling = module.Sampling(params.temperature, params.max_tokens, params.seed)
-        made = module.MlxGenerator(module.table_of(params), sampling, prompt, lambda: None)
-        checks.append(Check("generator", "ok", f"mlx: {made.model}, adapter {made.adapter or 'none'}"))
-    except SynthmillError as error:
-        checks.append(missed("generator", error))
+    checks.append(pinned(module, "mlx.model", table.model, table.revision, "mlx.revision"))
+    missing = [name for name in ADAPTER_FILES if not (ROOT / table.adapter / name).is_file()]
+    if table.adapter and not table.adapter_revision and missing:
+        mend = "train one and put it there; or set mlx.adapter_revision when it is a repository on the Hub; or set "
+        found = f"{table.adapter}: {' and '.join(missing)} missing"
+        checks.append(Check("mlx.adapter", "MISS", found, f'{mend}generator = "teacher" to start without one'))
+    else:
+        checks.append(Check("mlx.adapter", "ok", f"{table.adapter or 'none'} {table.adapter_revision}".strip()))
     try:
         importlib.import_module("mlx.core")
         importlib.import_module("mlx_lm")
@@ -141,7 +139,12 @@ def generator(directory: Path, module: ModuleType, params: Any) -> list[Check]:
     return checks
 
 
-_PROMPTS = ("system", "user")
+def pinned(module: ModuleType, key: str, place: str, revision: str, revision_key: str) -> Check:
+    """Whether a model or tokenizer is on this machine or pinned to a commit, as 03 demands."""
+    try:
+        return Check(key, "ok", module.pinned(key, place, revision, revision_key))
+    except SynthmillError as error:
+        return missed(key, error)
 
 
 def disk(data: Path, need: int) -> Check:
@@ -354,7 +357,7 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
                 if source.kind == "huggingface":
                     network[f"dataset {source.dataset}"] = partial(dataset, source)
         if hasattr(params, "generator"):
-            checks += generator(ROOT / "stages" / name, module, params)
+            checks += generator(module, params)
         for call in module.calls(params, one) if hasattr(module, "calls") else ():
             asked.setdefault((call.model.partition("/")[0], call.base_url), set()).add(call.model)
     if whole and (silent := unforeseen(run)):

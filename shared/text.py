@@ -458,7 +458,7 @@ def _is_phone(text: str, start: int, end: int) -> bool:
         return raw[1] != " "
     if _SPACED_MINUS.search(raw):
         return False
-    bare = raw.strip("()")
+    bare = raw.strip("()- ")
     if _DOTTED.fullmatch(bare):
         return digits >= 10 and bare.count(".") in (2, 4)
     return not bare.isdigit()

@@ -149,17 +149,25 @@ def test_each_text_is_embedded_once_whoever_asks(standin: StandinLog, data: Path
     with models(data, EMBEDDER) as m:
         (a, b), (b2, c), (a2, a3) = m.one(together(m))
         assert a == a2 == a3 and b == b2 and len(a) == len(c) == 64
-        sent = [orjson.loads(row["key"]) if False else row["input"] for row in m.store.rows("SELECT * FROM ledger")]
-        once = m.spending()
-    assert sum(line["input_tokens"] for line in answers(standin)) == sum(sent)
+        (before,) = m.store.rows("SELECT SUM(input) AS tokens FROM ledger")
+    assert sum(line["input_tokens"] for line in answers(standin)) == before["tokens"]
     standin.mark()
     with models(data, EMBEDDER) as m:
         assert m.one(m.embed(EMBEDDER, ["c text", "a text", "b text"], 64)) == [c, a, b]
-        assert m.spending().calls == 0
-        alone = m.one(m.embed(EMBEDDER, ["d text"], 64))
-        assert len(alone) == 1 and m.spending().calls == 1
-    tokens_of_three = once.input_tokens
-    assert tokens_of_three == 3 * m.spending().input_tokens, "three texts of one length: none was paid for twice"
+        assert m.spending().calls == 0 and answers(standin) == []
+        m.one(m.embed(EMBEDDER, ["d text"], 64))
+        assert before["tokens"] == 3 * m.spending().input_tokens, "three texts of one length, each paid for once"
+
+
+@pytest.mark.parametrize("fault", ["400", "500"])
+def test_a_text_without_a_vector_is_an_error_for_a_person(
+    standin_with: StandinWith, data: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("shared.llm.models.FAILURES", 2)
+    standin_with(faults=f"{fault}=1")
+    with models(data, EMBEDDER) as m, pytest.raises(ProviderError, match=fault) as refused:
+        m.one(m.embed(EMBEDDER, ["a text"], 64))
+    assert "run the same command" in refused.value.mend
 
 
 def test_texts_are_packed_to_what_a_request_may_hold(standin: StandinLog, data: Path) -> None:
@@ -350,6 +358,17 @@ def test_what_cannot_pass_is_fatal_at_once(
         m.one(m.ask(question(model)))
     assert says in str(fatal.value) and "next:" in str(fatal.value)
     assert len(answers(log)) == 1, "asking again would not help"
+
+
+def test_the_400_that_gemini_answers_to_a_wrong_key_is_about_the_key() -> None:
+    from google.genai import errors
+
+    from shared.llm.providers import _status_error
+
+    info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+    body = {"error": {"code": 400, "message": "API key not valid.", "status": "INVALID_ARGUMENT", "details": [info]}}
+    error = _status_error("gemini", errors.ClientError(400, body), 400, spent=False)
+    assert isinstance(error, KeyMissingError) and "GEMINI_API_KEY" in str(error)
 
 
 def test_a_bad_request_is_that_records_own_problem(standin_with: StandinWith, data: Path) -> None:

@@ -253,16 +253,27 @@ def test_local_sources_that_are_missing_are_named_and_optional_ones_are_not() ->
 
 
 def test_a_generator_without_its_adapter_is_a_miss_and_an_endpoint_needs_none(tmp_path: Path) -> None:
-    stage = ROOT / "stages" / "03_compress"
     module, params = estimate.load_params("03_compress", "full", TRACK)
     adapter = params.mlx.model_copy(update={"revision": "a" * 40, "adapter": str(tmp_path)})  # type: ignore[attr-defined]
     local = params.model_copy(update={"generator": "mlx", "tokenizer_revision": "b" * 40, "mlx": adapter})
     endpoint = params.model_copy(update={"generator": "endpoint", "tokenizer_revision": "b" * 40})
 
-    checks = {check.name: check for check in preflight.generator(stage, module, local)}
-    assert checks["generator"].state == "MISS" and "no adapter at" in checks["generator"].found
-    assert checks["tokenizer"].state == "ok"
-    assert {check.state for check in preflight.generator(stage, module, endpoint)} == {"ok"}
+    states = {check.name: check.state for check in preflight.generator(module, local)}
+    assert states == {"tokenizer": "ok", "mlx.model": "ok", "mlx.adapter": "MISS", "mlx": "ok"}
+    for name in preflight.ADAPTER_FILES:
+        (tmp_path / name).touch()
+    assert {check.state for check in preflight.generator(module, local)} == {"ok"}
+    assert {check.state for check in preflight.generator(module, endpoint)} == {"ok"}
+
+
+def test_a_model_that_is_not_pinned_is_a_miss_that_says_how_to_pin_it() -> None:
+    module, params = estimate.load_params("03_compress", "full", TRACK)
+    mlx = params.mlx.model_copy(update={"model": "org/model", "revision": ""})  # type: ignore[attr-defined]
+
+    checks = preflight.generator(module, params.model_copy(update={"generator": "mlx", "mlx": mlx}))
+
+    (check,) = (check for check in checks if check.name == "mlx.model")
+    assert check.state == "MISS" and "set mlx.revision" in check.mend
 
 
 def test_too_little_disk_or_memory_is_a_miss_with_the_figures(tmp_path: Path) -> None:
@@ -324,7 +335,7 @@ def test_a_full_run_that_lacks_things_says_all_of_them_at_once_and_stops_make(tm
 
     assert said.returncode == SettingsError.exit_code
     missed = re.findall(r"^  MISS  (\S+(?: \S+)*?)  ", said.stdout, re.MULTILINE)
-    assert {"run directory", "generator", "budget"} <= set(missed)
+    assert {"run directory", "mlx.adapter", "budget"} <= set(missed)
     assert said.stdout.count("next: ") >= len(missed), "every miss has its mend"
     assert re.search(rf"^{len(missed)} missing; nothing was spent$", said.stdout, re.MULTILINE)
 

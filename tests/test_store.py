@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -246,8 +247,10 @@ def test_a_place_that_cannot_be_opened_does_not_advise_to_throw_the_store_away(p
 # ---------------------------------------------------------------- money
 
 
-def asked(store: Store, *work: Coroutine[Any, Any, None]) -> list[BaseException | None]:
-    async def together() -> list[BaseException | None]:
+def asked(store: Store, *work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What each of these comes to, or the error it raises."""
+
+    async def together() -> list[Any]:
         return await asyncio.gather(*work, return_exceptions=True)
 
     return asyncio.run(together())
@@ -256,52 +259,64 @@ def asked(store: Store, *work: Coroutine[Any, Any, None]) -> list[BaseException 
 def test_reservations_of_all_processes_count_against_the_budget(path: Path) -> None:
     one, two = Store(path), Store(path)
     results = asked(one, *(s.reserve("trial", 10, 95) for s in (one, two) * 10))
-    refused = [r for r in results if r is not None]
-    assert len(results) - len(refused) == 9, "9 x 10 fit into 95"
-    assert all(isinstance(error, BudgetError) and error.exit_code == 5 for error in refused)
-    assert "BUDGET_USD=" in str(refused[0]) and "go on with BUDGET_USD=<more> make trial" in str(refused[0])
+    assert sorted(results) == [False] * 11 + [True] * 9, "9 x 10 fit into 95, the rest must wait"
     one.close()
     two.close()
 
 
 def test_what_is_given_back_can_be_reserved_again(store: Store) -> None:
-    assert asked(store, store.reserve("trial", 10, 10)) == [None]
-    assert isinstance(asked(store, store.reserve("trial", 1, 10))[0], BudgetError)
+    assert asked(store, store.reserve("trial", 10, 10)) == [True]
+    assert asked(store, store.reserve("trial", 1, 10)) == [False]
     asked(store, store.release(10))
-    assert asked(store, store.reserve("trial", 10, 10)) == [None]
+    assert asked(store, store.reserve("trial", 10, 10)) == [True]
 
 
 def test_what_is_paid_takes_the_place_of_what_was_reserved(store: Store) -> None:
     asked(store, store.reserve("trial", 100, 100))
     asked(store, store.put(entry(nano=30), WIRE, ANSWER, reserved=100))
     assert store.spent_usd("trial") == 30 / NANO
-    assert asked(store, store.reserve("trial", 70, 100)) == [None]
-    assert isinstance(asked(store, store.reserve("trial", 1, 100))[0], BudgetError)
+    assert asked(store, store.reserve("trial", 70, 100)) == [True]
+    (refused,) = asked(store, store.reserve("trial", 71, 100))
+    assert isinstance(refused, BudgetError) and refused.exit_code == 5, "30 are spent: no waiting makes room for 71"
+    assert "is reached for RUN=trial" in str(refused) and "go on with BUDGET_USD=<more> make trial" in str(refused)
 
 
 def test_each_run_has_its_own_budget(store: Store) -> None:
     asked(store, store.put(entry(run="trial", nano=100), WIRE, ANSWER))
-    assert asked(store, store.reserve("full", 100, 100)) == [None]
+    assert asked(store, store.reserve("full", 100, 100)) == [True]
 
 
 def test_a_process_that_ends_gives_back_what_it_reserved(path: Path) -> None:
     one = Store(path)
     asked(one, one.reserve("trial", 100, 100))
-    one.close()
     two = Store(path)
-    assert asked(two, two.reserve("trial", 100, 100)) == [None]
-    two.close()
-
-
-def test_what_a_killed_process_reserved_is_free_in_the_end(path: Path) -> None:
-    one, two = Store(path), Store(path)
-    asked(one, one.reserve("trial", 100, 100))
-    with sqlite3.connect(path) as db:
-        db.execute("UPDATE reserved SET at = at - ?", (STALE_S + 1,))
-    db.close()
-    assert asked(two, two.reserve("trial", 100, 100)) == [None]
+    assert asked(two, two.reserve("trial", 100, 100)) == [False]
     one.close()
+    assert asked(two, two.reserve("trial", 100, 100)) == [True]
     two.close()
+
+
+def test_what_a_killed_process_reserved_is_free_at_once(path: Path) -> None:
+    code = (
+        "import asyncio, os, pathlib, signal, sys\n"
+        "from shared.llm.store import Store\n"
+        "assert asyncio.run(Store(pathlib.Path(sys.argv[1])).reserve('trial', 100, 100))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    store = Store(path)
+    assert len(store.rows("SELECT * FROM reserved WHERE nano = 100")) == 1
+    assert asked(store, store.reserve("trial", 100, 100)) == [True]
+    store.close()
+
+
+def test_what_a_process_elsewhere_reserved_is_free_after_a_while(store: Store, path: Path) -> None:
+    for age, free in ((STALE_S - 60, False), (STALE_S + 60, True)):
+        with sqlite3.connect(path) as db:
+            db.execute("DELETE FROM reserved")
+            db.execute("INSERT INTO reserved VALUES ('a-container|1|x', 'trial', 100, ?)", (time.time() - age,))
+        db.close()
+        assert asked(store, store.reserve("trial", 100, 100)) == [free]
 
 
 # ---------------------------------------------------------------- never waiting for ever

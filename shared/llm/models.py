@@ -35,7 +35,9 @@ DRAIN_S = 60.0
 """After an interrupt, how long answers under way are awaited: they are paid for, so they are kept."""
 WINDOW = 32
 """Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
-EMBED_TEXTS, EMBED_TOKENS = 2048, 250_000
+RESERVE_AGAIN_S = 0.2
+"""While calls under way hold the rest of the budget, how often to look whether they cost less."""
+EMBED_TEXTS, EMBED_TOKENS = 2048, 290_000
 """OpenAI takes at most 2,048 texts and 300,000 tokens a request (SDK docstring, openai 3.52.0)."""
 
 _backoff = wait_exponential_jitter(initial=0.5, max=30, jitter=1)
@@ -60,8 +62,10 @@ class Models:
         self.concurrency = 8
         self._stack = ExitStack()
         self._providers: dict[str, Provider] = {}
-        self._limiters: dict[tuple[str, str], Limiter] = {}
-        self._inflight: dict[str, asyncio.Task[Answer]] = {}
+        self._limiters: dict[str, Limiter] = {}
+        self._inflight: dict[str, asyncio.Task[Any]] = {}
+        self._sent: set[asyncio.Task[Any] | None] = set()
+        self._closing = False
         self._required: set[str] = set()
         self._runner = asyncio.Runner()
         self._spending = Spending()
@@ -81,10 +85,15 @@ class Models:
             self._stack.close()
 
     async def _close(self) -> None:
-        """Keep the answers under way, then close the clients."""
-        if self._inflight:
-            print(f"waiting for {len(self._inflight)} answers under way, to keep them", file=sys.stderr)
-            await asyncio.wait(self._inflight.values(), timeout=DRAIN_S)
+        """Keep the answers under way, send no new question, then close the clients."""
+        self._closing = True
+        tasks = set(self._inflight.values())
+        for task in tasks - self._sent:
+            task.cancel()
+        if under_way := tasks & self._sent:
+            print(f"waiting for {len(under_way)} answers under way, to keep them", file=sys.stderr)
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
         for provider in self._providers.values():
             with contextlib.suppress(Exception):
                 await provider.close()
@@ -219,13 +228,11 @@ class Models:
         cached = answer is not None
         if answer is None:
             # The sending task is shared by everyone who asks the same thing now, and outlives whoever is cancelled.
-            task = self._inflight.get(key)
+            task: asyncio.Task[Answer] | None = self._inflight.get(key)
             cached = task is not None
             if task is None:
                 again = f"{request.repeat}.{attempt}" if request.repeat or attempt else ""
-                task = asyncio.create_task(self._send(request, wire, key, again))
-                self._inflight[key] = task
-                task.add_done_callback(lambda t: self._landed(key, t))
+                task = self._launch(self._send(request, wire, key, again), [key])
             try:
                 answer = await asyncio.shield(task)
             except BadRequestError as error:
@@ -238,10 +245,21 @@ class Models:
             key=key, text=answer.text, parsed=parsed, problem=problem, detail=detail, usage=answer.usage, cached=cached
         )
 
-    def _landed(self, key: str, task: asyncio.Task[Answer]) -> None:
-        self._inflight.pop(key, None)
-        if not task.cancelled():
-            task.exception()  # whoever waits sees it; nobody waiting is no warning
+    def _launch(self, work: Coroutine[Any, Any, R], keys: Iterable[str]) -> asyncio.Task[R]:
+        """Start what brings the answers of these keys, on its own, so that it outlives whoever is cancelled."""
+        task = asyncio.create_task(work)
+        for key in keys:
+            self._inflight[key] = task
+
+        def landed(_: asyncio.Task[R]) -> None:
+            for key in keys:
+                self._inflight.pop(key, None)
+            self._sent.discard(task)
+            if not task.cancelled():
+                task.exception()  # whoever waits sees it; nobody waiting is no warning
+
+        task.add_done_callback(landed)
+        return task
 
     async def _send(self, request: Request, wire: dict[str, Any], key: str, again: str) -> Answer:
         worst = catalogue().worst_nano(request)
@@ -250,9 +268,7 @@ class Models:
         try:
             with tracing.span("model call", model=request.model, stage=self.stage, repeat=request.repeat) as span:
                 span.text(prompt="\n\n".join(message.content for message in request.messages))
-                answer = await self._persist(
-                    (request.provider, request.name), lambda: provider.send(wire, request.base_url, again)
-                )
+                answer = await self._persist(request.model, lambda: provider.send(wire, request.base_url, again))
                 span.set(input_tokens=answer.usage.input, output_tokens=answer.usage.output, stop=answer.stop)
                 span.text(answer=answer.text)
         except BaseException:
@@ -287,18 +303,20 @@ class Models:
         """Set money aside for a call; how much was. Nothing to do, and nothing to wait for, without a budget."""
         if self.budget_nano is None or nano == 0:
             return 0
-        await self.store.reserve(self.run, nano, self.budget_nano)
+        while not await self.store.reserve(self.run, nano, self.budget_nano):
+            await asyncio.sleep(RESERVE_AGAIN_S)
         return nano
 
-    async def _persist(self, gate: tuple[str, str], send: Callable[[], Awaitable[R]]) -> R:
+    async def _persist(self, model: str, send: Callable[[], Awaitable[R]]) -> R:
         """Send until answered: back off, obey Retry-After, slow down when told to.
 
         Raises:
             TransientError: given up on this call while others were being answered.
-            ProviderError: given up, and nothing was answered meanwhile: the provider is down.
+            ProviderError: given up, and nothing was answered by this model meanwhile: the provider is down.
         """
-        limiter = self._limiters.setdefault(gate, Limiter(self.concurrency))
-        answered = self._spending.calls
+        limiter = self._limiters.setdefault(model, Limiter(self.concurrency))
+        answered = self._counts[model]
+        task = asyncio.current_task()
         started = asyncio.get_running_loop().time()
         failures = 0
 
@@ -306,6 +324,8 @@ class Models:
             nonlocal failures
             error = state.outcome.exception() if state.outcome else None
             self._spending.retries += 1
+            if self._closing:
+                return True
             if isinstance(error, TransientError) and error.limited:
                 return asyncio.get_running_loop().time() - started > PATIENCE_S
             failures += 1
@@ -322,16 +342,18 @@ class Models:
             ):
                 with attempt:
                     async with limiter.slot():
+                        self._sent.add(task)
                         try:
                             result = await send()
                         except TransientError as error:
+                            self._sent.discard(task)
                             if error.limited:
                                 limiter.limited(error.after_s)
                             raise
                     limiter.succeeded()
                     return result
         except TransientError as error:
-            if self._spending.calls == answered:
+            if self._counts[model] == answered:
                 raise ProviderError(
                     f"{error}; no answer in {asyncio.get_running_loop().time() - started:.0f} s",
                     "everything answered is saved; when the provider is back, run the same command",
@@ -346,7 +368,7 @@ class Models:
 
         Raises:
             SettingsError: the provider has no embeddings we speak.
-            BudgetError, KeyMissingError, ProviderError: as :meth:`ask`.
+            BudgetError, KeyMissingError, ProviderError: as :meth:`ask`; ProviderError also for a text it refuses.
         """
         assert model in self._required, f"{self.stage} must call models.require({model!r}) first"
         provider = self._provider(model.partition("/")[0])
@@ -355,9 +377,17 @@ class Models:
         name = model.partition("/")[2]
         keys = [request_key({"model": name, "dimensions": dimensions, "text": t}, model, "", 0, 0) for t in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if self.store.vector(key) is None}
-        self._spending.cached += len(set(keys)) - len(missing)
-        for part in _parts(missing):
-            await self._embed_part(provider, model, part, dimensions)
+        fresh = {key: text for key, text in missing.items() if key not in self._inflight}
+        self._spending.cached += len(set(keys)) - len(fresh)
+        for part in _parts(fresh):
+            self._launch(self._embed_part(provider, model, part, dimensions), part)
+        tasks = {self._inflight[key] for key in missing}
+        try:
+            await asyncio.gather(*(asyncio.shield(task) for task in tasks))
+        except (BadRequestError, TransientError) as error:
+            raise ProviderError(
+                f"no vectors: {error}", "everything answered is saved; mend what it says, then run the same command"
+            ) from error
         return [_floats(self.store.vector(key)) for key in keys]
 
     async def _embed_part(self, provider: OpenAI, model: str, part: dict[str, str], dimensions: int) -> None:
@@ -365,7 +395,7 @@ class Models:
         worst = catalogue().card(model).price().nano(Usage(input=sum(_bound(t) for t in part.values())))
         reserved = await self._reserve(worst)
         try:
-            vectors, usage = await self._persist((provider.name, model), lambda: provider.embed(wire))
+            vectors, usage = await self._persist(model, lambda: provider.embed(wire))
         except BaseException:
             await self.store.release(reserved)
             raise
@@ -392,7 +422,8 @@ async def _await(work: Awaitable[R]) -> R:
 
 
 def _bound(text: str) -> int:
-    return len(text.encode("utf-8", "replace")) // 3 + 1
+    """No token is shorter than a byte."""
+    return len(text.encode("utf-8", "replace")) + 1
 
 
 def _floats(data: bytes | None) -> array.array[float]:

@@ -262,7 +262,7 @@ class Endpoint(OpenAI):
         return body
 
     def _key(self) -> str | None:
-        return os.environ.get("ENDPOINT_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+        return os.environ.get("ENDPOINT_API_KEY") or "none"  # never OpenAI's: this server may be anybody's
 
 
 # ---------------------------------------------------------------- Gemini
@@ -368,7 +368,7 @@ def _status_error(provider: str, error: Any, status: int, *, spent: bool) -> Exc
     said = f"{provider} answered {status}: {getattr(error, 'message', None) or error}"[:500]
     if spent:
         return ProviderError(said, "add credit or raise the spend limit at the provider, then run the same command")
-    if status in (401, 403):
+    if status in (401, 403) or "API_KEY_INVALID" in str(error):  # Gemini answers 400 to a wrong key
         return KeyMissingError(said, f"check {KEY_NAMES.get(provider, 'ENDPOINT_API_KEY')} in .env")
     if status == 402:
         return ProviderError(said, "add credit at the provider, then run the same command")

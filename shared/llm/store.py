@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import os
 import queue
+import socket
 import sqlite3
 import threading
 import time
@@ -32,8 +33,10 @@ from shared.llm.types import Answer
 from shared.records import Part
 
 SCHEMA = 1
-STALE_S = 900.0
-"""A reservation not renewed for this long belongs to a process that died; longer than any call may take."""
+STALE_S = 3600.0
+"""A reservation of another machine or container not renewed for this long belongs to a process that died; longer than
+any call may take. On this machine we look whether the process lives."""
+HOST = socket.gethostname()
 
 _TABLES = """
 CREATE TABLE replies (key TEXT PRIMARY KEY, request BLOB NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID;
@@ -75,7 +78,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.owner = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.owner = f"{HOST}|{os.getpid()}|{uuid.uuid4().hex[:12]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._reader = _open(path)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -141,24 +144,32 @@ class Store:
 
         await self._write(write)
 
-    async def reserve(self, run: str, nano: int, budget_nano: int) -> None:
+    async def reserve(self, run: str, nano: int, budget_nano: int) -> bool:
         """Set money aside for a call that is about to be sent, across all processes.
 
+        Returns:
+            False when only what calls under way have set aside is in the way: most cost far less, so ask again.
+
         Raises:
-            BudgetError: what is spent and set aside for the run leaves too little.
+            BudgetError: what is spent for the run leaves too little, whatever the calls under way cost.
         """
+        reserved = False
 
         def write(db: sqlite3.Connection) -> None:
+            nonlocal reserved
             now = time.time()
-            db.execute("DELETE FROM reserved WHERE at < ?", (now - STALE_S,))
+            _forget_the_dead(db, now)
             (spent,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM spent WHERE run = ?", (run,)).fetchone()
             (aside,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", (run,)).fetchone()
-            if spent + aside + nano > budget_nano:
+            if spent + nano > budget_nano:
                 raise BudgetError(
                     f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={run}: ${spent / NANO:.4f} spent, "
-                    f"${aside / NANO:.4f} set aside for calls under way, the next call may cost ${nano / NANO:.4f}",
+                    f"the next call may cost ${nano / NANO:.4f}",
                     f"everything answered is saved; go on with BUDGET_USD=<more> make {run}",
                 )
+            reserved = spent + aside + nano <= budget_nano
+            if not reserved:
+                return
             db.execute(
                 "INSERT INTO reserved VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (owner) DO UPDATE SET nano = nano + excluded.nano, at = excluded.at",
@@ -166,6 +177,7 @@ class Store:
             )
 
         await self._write(write)
+        return reserved
 
     async def release(self, nano: int) -> None:
         """Give back what :meth:`reserve` set aside for a call that brought nothing."""
@@ -274,6 +286,24 @@ def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
         outcome = [(job, failure) for job in group]
     for job, refused in outcome:
         job.settle(refused)
+
+
+def _forget_the_dead(db: sqlite3.Connection, now: float) -> None:
+    """Free what processes set aside that were killed."""
+    for owner, at in db.execute("SELECT owner, at FROM reserved").fetchall():
+        host, _, rest = owner.partition("|")
+        if at < now - STALE_S or (host == HOST and not _alive(int(rest.partition("|")[0]))):
+            db.execute("DELETE FROM reserved WHERE owner = ?", (owner,))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, so there is one
+        return True
+    return True
 
 
 def _open(path: Path) -> sqlite3.Connection:

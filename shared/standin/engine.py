@@ -123,8 +123,8 @@ def _understand(system: str, user: str) -> Asked:
         if not texts and len(system) > len(user):  # the text is in the system prompt, as for a chat about a document
             sections = tuple(match[2] for match in _SECTION.finditer(system))
             texts = sections or (system,)
-    low = instruction.lower()
-    code = bool(re.search(r"\bcode\b|\bfunction\b|\bprogram\b", low)) or (texts and reading.kind_of(texts[0]) == "code")
+    # The instruction decides, not the text: a text and its shorthand must be read in the same way.
+    code = re.search(r"\b(?:code|function|program)\b", instruction, re.I)
     return Asked(instruction, texts or (user,), "code" if code else "prose")
 
 

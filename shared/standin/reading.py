@@ -53,13 +53,11 @@ SHORT_IN_PROSE = SHORT | {
     "august": "Aug", "september": "Sep", "october": "Oct", "november": "Nov", "december": "Dec",
     "monday": "Mon", "tuesday": "Tue", "wednesday": "Wed", "thursday": "Thu", "friday": "Fri", "saturday": "Sat",
     "sunday": "Sun", "mondays": "Mon", "tuesdays": "Tue", "wednesdays": "Wed", "thursdays": "Thu", "fridays": "Fri",
-    "saturdays": "Sat", "sundays": "Sun", "e.g": "eg", "example": "eg", "government": "govt", "message": "msg",
-    "messages": "msgs", "people": "ppl", "although": "though", "temperature": "temp", "average": "avg",
-    "amount": "amt", "building": "bldg", "company": "co", "department": "dept", "document": "doc", "documents": "docs",
-    "including": "incl", "international": "intl", "management": "mgmt", "necessary": "needed", "original": "orig",
-    "package": "pkg", "question": "Q", "questions": "Qs", "reference": "ref", "request": "req", "requests": "reqs",
-    "response": "resp", "section": "sec", "software": "sw", "hardware": "hw", "something": "sth", "standard": "std",
-    "system": "sys", "systems": "sys", "through": "thru", "university": "uni", "version": "ver",
+    "saturdays": "Sat", "sundays": "Sun", "e.g": "eg", "example": "eg", "people": "ppl", "although": "though",
+    "temperature": "temp", "average": "avg", "company": "co", "department": "dept", "document": "doc",
+    "documents": "docs", "international": "intl", "necessary": "needed", "original": "orig", "question": "Q",
+    "questions": "Qs", "reference": "ref", "section": "sec", "software": "sw", "hardware": "hw", "something": "sth",
+    "university": "uni",
 }  # fmt: skip
 
 NEGATIONS = frozenset(("not", "no", "never", "none", "cannot", "without", "neither", "nor", "nobody", "nothing"))

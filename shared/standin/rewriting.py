@@ -23,7 +23,7 @@ _ODD_SHARE = 0.02  # of all texts
 _WORD = re.compile(r"^([(\[\"'“‘]*)(.*?)([)\]\"'”’.,;:!?…]*)$", re.S)
 _TERMINATORS = frozenset(".!?;:")
 _KEPT_FOR_SENSE = frozenset(("by", "but"))
-_SYMBOLS = {"and": "+", "with": "w/", "because": "∵", "without": "w/o", "therefore": "∴"}
+_SYMBOLS = {"and": "+", "because": "∵", "therefore": "∴"}
 _PROSE_WORDS = reading.SHORT_IN_PROSE
 _CODE_WORDS = reading.SHORT
 
