@@ -61,7 +61,7 @@ $(call out,04_validate,compression): data/%/04_validate.jsonl: \
 	$(call stage,04_validate,$<)
 
 $(call out,05_extract_qa,grounded): data/%/05_extract_qa.jsonl: \
-    $(FACTS) stages/05_extract_qa/$$(*D).toml $(call code,05_extract_qa) \
+    $(FACTS) stages/05_extract_qa/$$(*D).toml $(call code,05_extract_qa,facts) \
     $(call prompts,05_extract_qa,system extract) $$(call again,5) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,05_extract_qa,$<)
 
@@ -76,7 +76,7 @@ $(call out,07_converse,grounded): data/%/07_converse.jsonl: \
 	$(call stage,07_converse,$<)
 
 $(call out,08_pattern,patterns): data/%/08_pattern.jsonl: \
-    stages/08_pattern/$$(*D).toml $(call code,08_pattern) $(addprefix stages/08_pattern/,$(PATTERNS)) \
+    stages/08_pattern/$$(*D).toml $(call code,08_pattern,dealing) $(addprefix stages/08_pattern/,$(PATTERNS)) \
     $(call prompts,08_pattern,system pattern) $$(call again,8) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,08_pattern,)
 

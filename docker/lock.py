@@ -21,8 +21,9 @@ def exported(group: str) -> str:
     """The export of one group from uv.lock as it is: no network."""
     choose = [] if group == "core" else ["--only-group", group]
     flags = ["--frozen", "--offline", "--no-header", "--no-annotate", "--no-emit-project", "--quiet"]
-    command = [UV, "export", *flags, *choose]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = [str(UV), "export", *flags, *choose]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         (LOCKS / f"{group}.txt").write_text(exported(group), "utf-8")
     # uv itself: its own pin, with the hashes of every platform we run on
     version = subprocess.run([UV, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
-    command = [UV, "pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--universal", "-"]
+    command = [str(UV), "pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--universal", "-"]
     pinned = subprocess.run(command, cwd=ROOT, input=f"uv=={version}\n", text=True, capture_output=True, check=True)
     (LOCKS / "uv.txt").write_text(pinned.stdout, "utf-8")
 

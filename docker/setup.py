@@ -16,20 +16,20 @@ VENV = ROOT / ".venv"
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 
-def main(groups):
+def main(groups: list[str]) -> None:
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         sys.exit(
-            "error: Python 3.11 to 3.13 is needed, this is %d.%d\n"
-            "  next: make setup PYTHON=python3.12   (macOS: brew install python@3.12)" % sys.version_info[:2]
+            f"error: Python 3.11 to 3.13 is needed, this is {sys.version_info[0]}.{sys.version_info[1]}\n"
+            "  next: make setup PYTHON=python3.12   (macOS: brew install python@3.12)"
         )
     python = VENV / "bin" / "python"
     if not python.exists():
-        print("set-up: .venv with Python %d.%d" % sys.version_info[:2], file=sys.stderr)
+        print(f"set-up: .venv with Python {sys.version_info[0]}.{sys.version_info[1]}", file=sys.stderr)
         venv.create(VENV, with_pip=True)
     quiet = ["--quiet", "--disable-pip-version-check", "--require-hashes"]
     subprocess.run([python, "-m", "pip", "install", *quiet, "-r", LOCKS / "uv.txt"], check=True)
-    files = [argument for group in groups for argument in ("-r", LOCKS / ("%s.txt" % group))]
-    print("set-up: installing %s" % ", ".join(groups), file=sys.stderr)
+    files = [argument for group in groups for argument in ("-r", LOCKS / f"{group}.txt")]
+    print(f"set-up: installing {', '.join(groups)}", file=sys.stderr)
     command = [VENV / "bin" / "uv", "pip", "install", "--quiet", "--python", python, "--require-hashes", *files]
     subprocess.run(command, check=True, cwd=ROOT)
 
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except subprocess.CalledProcessError as error:
-        sys.exit("error: %s failed\n  next: look at the message above; is the package index reachable?" % error.cmd[0])
+        sys.exit(f"error: {error.cmd[0]} failed\n  next: look at the message above; is the package index reachable?")

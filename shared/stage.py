@@ -402,6 +402,11 @@ class Stage(Generic[P]):
         from shared.llm import Models
         from shared.llm.models import budget_from_env
 
+        if self.apis == "live":
+            from shared.estimate import announcement
+
+            if line := announcement(sys.modules["__main__"], self.name, self.params, self.input, self.limit):
+                print(line, file=sys.stderr)
         return self._stack.enter_context(
             Models(self.cache, self.apis, self.run, self.name, self.track, budget_usd=budget_from_env())
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -677,10 +678,11 @@ def test_a_budget_that_is_no_sum_is_refused(standin: StandinLog, asking: NewAski
 
 @pytest.mark.slow
 def test_two_processes_together_never_exceed_the_budget(standin_with: StandinWith, asking: NewAsking) -> None:
-    log = standin_with(latency_s=0.05)
-    stage = asking(80)
-    budget = 0.004
-    both = [stage.start(name, {"BUDGET_USD": str(budget)}, times=3, max_tokens=400) for name in ("04_ask", "05_ask")]
+    log = standin_with(latency_s=0.02)
+    stage = asking(50)
+    budget = 0.002
+    rooms = {"04_ask": 400, "05_ask": 401}  # so that no question is asked by both
+    both = [stage.start(name, {"BUDGET_USD": str(budget)}, times=3, max_tokens=room) for name, room in rooms.items()]
     ended = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
     assert [code for _, code in ended] == [5, 5]
     for said, _ in ended:
@@ -688,13 +690,12 @@ def test_two_processes_together_never_exceed_the_budget(standin_with: StandinWit
         assert "everything answered is saved; go on with BUDGET_USD=<more> make trial" in said
         assert "Traceback" not in said
     spent = stage.spent_usd()
-    assert 0.5 * budget < spent <= budget, f"${spent:.6f} of ${budget}"
-    served = len([line for line in answers(log) if line["served"]])
-    log.mark()
+    assert 0.8 * budget < spent <= budget, f"${spent:.6f} of ${budget}: it uses what there is, and no more"
     code, said = stage.run("04_ask", {"BUDGET_USD": "100"}, times=3, max_tokens=400)
     assert code == 0, said
-    assert stage.spent_usd() <= 100
-    assert served + len(answers(log)) == 80 * 3 * 2, "with more money it goes on where it stopped"
+    assert stage.report("04_ask")["spending"]["cached"] > 0, "with more money it goes on where it stopped"
+    served = Counter(line["sha256"] for line in answers(log) if line["served"])
+    assert max(served.values()) == 3, "each question has three repeats, and none was paid again"
 
 
 def test_no_sdk_is_imported_before_it_is_needed(standin: StandinLog, asking: NewAsking) -> None:
@@ -703,7 +704,7 @@ def test_no_sdk_is_imported_before_it_is_needed(standin: StandinLog, asking: New
     assert done.stdout == "[]\n"
 
     stage = asking(6)
-    three = {"models": [CLAUDE, GPT, GEMINI]}
+    three: dict[str, Any] = {"models": [CLAUDE, GPT, GEMINI]}
     assert stage.run("04_ask", **three)[0] == 0
     assert {"anthropic", "openai", "google.genai"} <= set(stage.report("04_ask")["summary"]["sdks"])
     standin.mark()

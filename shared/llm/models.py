@@ -35,7 +35,7 @@ DRAIN_S = 60.0
 """After an interrupt, how long answers under way are awaited: they are paid for, so they are kept."""
 WINDOW = 32
 """Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
-RESERVE_AGAIN_S = 0.2
+RESERVE_AGAIN_S = 0.1
 """While calls under way hold the rest of the budget, how often to look whether they cost less."""
 EMBED_TEXTS, EMBED_TOKENS = 2048, 290_000
 """OpenAI takes at most 2,048 texts and 300,000 tokens a request (SDK docstring, openai 3.52.0)."""
@@ -208,6 +208,8 @@ class Models:
         Raises:
             BudgetError, KeyMissingError, ProviderError: nothing more can be asked; what was answered is saved.
         """
+        if request.provider == "endpoint" and not request.base_url and self.apis == "live":
+            raise SettingsError(f"{request.model} has no base_url", "set base_url to your server's address, .../v1")
         assert request.model in self._required, f"{self.stage} must call models.require({request.model!r}) first"
         usage, cached, reply = Usage(), True, None
         for attempt in range(tries):

@@ -63,8 +63,7 @@ _IRREGULAR = {
     "began": "begin", "dealt": "deal", "shown": "show", "put": "put", "read": "read", "met": "meet", "hung": "hang",
 }  # fmt: skip
 _NUMBER_WORDS = {
-    word: str(n)
-    for n, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
+    word: str(n) for n, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
 } | {"twenty": "20", "thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000"}
 
 
@@ -277,7 +276,7 @@ def fact_of(entry: str) -> Fact:
     body = text.rstrip(".!?")
     lead, body = _lead(body)
     joint, clause = "", ""
-    if (match := _JOINTS.search(body)) and match.start() > 8 and body[: match.start()].count("`") % 2 == 0:
+    if (match := _JOINTS.search(body)) and _is_clause(body, match):
         joint, clause, body = match[1], body[match.end() :], body[: match.start()]
     words = _WORD.findall(body)
     place = _verb_place(words)
@@ -289,13 +288,22 @@ def fact_of(entry: str) -> Fact:
     return Fact(text, lead, subject, adverb, words[place].strip(",:").lower(), rest, joint, clause)
 
 
+def _is_clause(body: str, joint: re.Match[str]) -> bool:
+    """Whether a clause follows a joining word: not inside code, not at the front, and not a verb at once."""
+    follows = body[joint.end() :].split()
+    verb = base(follows[0].lower())
+    if len(follows) < 2 or (verb in _VERBS and verb != follows[0].lower()):
+        return False
+    return joint.start() > 8 and body[: joint.start()].count("`") % 2 == 0
+
+
 def _lead(body: str) -> tuple[str, str]:
     """A phrase before the subject, and the rest: ``After an interrupt, ...``, ``In mock mode the ...``."""
     words = body.split()
     if not words or words[0].lower() not in PREPOSITIONS | {"when", "if", "while", "unless", "until"}:
         return "", body
     head, comma, rest = body.partition(", ")
-    if comma and len(head.split()) <= 10:
+    if comma and len(head.split()) <= 10 and (words[0].lower() not in PREPOSITIONS or not _verb_place(head.split())):
         return head, rest
     for place in range(2, min(len(words) - 2, 7)):
         if words[place].lower() in DETERMINERS:
@@ -327,12 +335,14 @@ def _verb_place(words: Sequence[str]) -> int:
 def _is_verb(low: str, before: str, subject: Sequence[str]) -> bool:
     if low in BE or low in MODALS:
         return True
-    if before in DETERMINERS or before in PREPOSITIONS or before in ("not", "does", "do", "and", "or"):
+    if before in PREPOSITIONS - {"before", "after"} or before in ("not", "does", "do", "and", "or"):
         return False
-    root = base(low)
+    if before in DETERMINERS and before != "that":
+        return False
+    root = base(low.removeprefix("re-"))
     if root not in _VERBS:
         return False
-    if root != low:
+    if root != low.removeprefix("re-"):
         return True
     last = next((w.lower() for w in reversed(subject) if w.lower() not in ADVERBS), "")
     return " and " in f" {' '.join(subject).lower()} " or (last.endswith("s") and not last.endswith("ss"))
@@ -388,7 +398,7 @@ def questions(fact: Fact, section: str = "") -> list[Asked]:
     """What a reader may ask about a fact, the plainest first; never empty. ``section``: the title it stands under."""
     found = _about_verb(fact) if fact.subject else []
     about = lowered(fact.subject) if fact.subject else _first_words(fact)
-    if re.search(r"\d", fact.text):
+    if re.search(r"\d", re.sub(r"`[^`]*`", "", f"{fact.rest} {fact.clause}")):
         found.append(Asked("figure", f"Which figure applies to {about}?"))
     found.append(Asked("explain", f"How would you explain {about} to a new colleague?"))
     area = f" when it comes to {section[:1].lower() + section[1:]}" if section and section[1:].islower() else ""
@@ -399,43 +409,64 @@ def questions(fact: Fact, section: str = "") -> list[Asked]:
 
 def _about_verb(fact: Fact) -> list[Asked]:
     about, rest, verb = lowered(fact.subject), fact.rest, fact.verb
-    before = f"{fact.lead[:1].lower()}{fact.lead[1:]}" if fact.lead else ""
-    aside = f" {before}" if before else ""
-    first = rest.split()[0].lower().strip(",") if rest else ""
+    before = f" {fact.lead[:1].lower()}{fact.lead[1:]}" if fact.lead else ""
+    first, second, *_ = [*(word.lower() for word in rest.split()), "", ""]
     if verb in BE:
         helper, action = verb, rest
-        passive = first in _PARTICIPLES or (first.endswith("ed") and len(first) > 3)
+        done = first.strip(",;") in _PARTICIPLES or (first.rstrip(",;").endswith("ed") and len(first) > 3)
+        passive = done and (not second or first[-1] in ",;" or second.rstrip(",;") in PREPOSITIONS | _AFTER_PARTICIPLE)
         noun = first in DETERMINERS or (not passive and first not in PREPOSITIONS | NEGATIONS | ADVERBS)
-        what = f"What happens to {about}{aside}?" if passive else f"What {verb} {about}?" if noun else ""
+        what = f"What happens to {about}{before}?" if passive else f"What {verb} {about}?" if noun else ""
     elif verb in MODALS:
         helper, action = "can" if verb == "cannot" else verb, rest
-        what = f"What {helper} {about} {'not ' if verb == 'cannot' else ''}do{aside}?"
+        what = f"What {helper} {about} {'not ' if verb == 'cannot' else ''}do{before}?"
     else:
         helper, action = "do" if fact.plural else "does", f"{base(verb)} {rest}".strip()
-        if fact.adverb == "never":
-            what = f"What {helper} {about} never do{aside}?"
-        elif first in ("at", "in", "under", "beside"):
+        what = f"What {helper} {about} {_wanted(fact, first)}{before}?"
+        if fact.adverb != "never" and first in ("at", "in", "under", "beside"):
             what = f"Where {helper} {about} {base(verb)}?"
-        elif first in PREPOSITIONS:
+        elif fact.adverb != "never" and first in ("with", "from", "by", "through", "within", "without", "between"):
             what = f"How {helper} {about} {base(verb)}?"
-        elif rest and verb not in ("does", "do", "has", "have"):
-            what = f"What {helper} {about} {base(verb)}{aside}?"
-        else:
-            what = f"What {helper} {about} do{aside}?"
     found = [Asked("what", what)] if what else []
-    # What is asked for must not be denied in the question: "is never called" is asked as "is ... ever called?".
-    asked = re.sub(r"\bnothing\b", "anything", re.sub(r"^(?:never|not|no)\s+", "", action))
-    ever = "ever " if fact.adverb == "never" or action.startswith("never") else ""
-    if len(asked.split()) <= 16:
+    # Only the first of two things said is asked about, and never with its negation in the question.
+    asked = re.sub(r"^(?:never|not|no)\s+", "", _first_of_two(action))
+    asked = re.sub(r"^(\w+) (?:no|nothing)\b", _any, asked).rstrip(",")
+    if asked and len(asked.split()) <= 14:
+        ever = "ever " if fact.adverb == "never" or action.startswith("never") else ""
         yes = "No" if fact.denies else "Yes"
-        aside = f" {before}" if before and len(asked.split()) < 10 else ""
+        aside = before if len(asked.split()) < 10 else ""
         found.append(Asked("whether", f"{helper.capitalize()} {about} {ever}{asked}{aside}?", yes))
         never = "never " if ever else "not " if action.startswith("not ") else ""
-        if fact.joint in ("so that", "because", "so", "since"):
-            found.insert(0, Asked("why", f"Why {helper} {about} {never}{asked}?"))
-        elif fact.joint:
+        if fact.joint in ("so that", "because", "since"):
+            found.insert(0, Asked("why", f"Why {helper} {about} {never}{action}?"))
+        elif fact.joint and fact.joint not in ("although", "so"):
             found.insert(0, Asked("when", f"When {helper} {about} {never}{asked}?"))
     return found
+
+
+_AFTER_PARTICIPLE = frozenset("and or off up out down again last first only as when too".split())
+
+
+def _first_of_two(action: str) -> str:
+    """What is said before a second verb: ``add fields to a record`` of ``... and never rewrites a field``."""
+    action = re.split(r"[;:](?:\s|$)", action)[0]
+    for match in re.finditer(r",? (?:and|but) (?:never |not )?([\w-]+)", action):
+        verb = match[1].lower()
+        if verb in BE or (base(verb) in _VERBS and base(verb) != verb):
+            return action[: match.start()]
+    return action
+
+
+def _wanted(fact: Fact, first: str) -> str:
+    """The end of a question for the object: ``write``, ``ask for``, ``do``."""
+    if fact.adverb == "never" or not fact.rest or first in ADVERBS or fact.verb in ("does", "do", "has", "have"):
+        return "never do" if fact.adverb == "never" else "do"
+    return f"{base(fact.verb)} {first}" if first in ("for", "to", "on", "against", "into") else base(fact.verb)
+
+
+def _any(match: re.Match[str]) -> str:
+    """``create no file`` is asked for as ``create any file``."""
+    return f"{match[1]} {'anything' if match[0].endswith('nothing') else 'any'}"
 
 
 def _first_words(fact: Fact) -> str:
@@ -452,6 +483,8 @@ def rearranged(fact: Fact) -> list[str]:
     main, clause = fact.main, fact.clause.rstrip(".")
     if fact.joint.lower() in ("when", "while", "if", "unless", "until", "before", "after", "although", "because"):
         found.append(f"{capital(fact.joint)} {clause}, {lowered(main)}.")
-    if fact.joint.lower() in ("so that", "so"):
+    if fact.joint.lower() == "so that":
         found.append(f"{main}. The reason: {clause}.")
+    if fact.joint.lower() == "so":
+        found.append(f"{main}. What follows: {clause}.")
     return found

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import daft
 
 HASHES = 126
-"""MinHash values a text: 21 bands of 6 at a threshold of 0.8."""
+"""MinHash values a text, at most: 25 bands of 5 at a threshold of 0.8."""
 MISSED = 0.001
 """At most this share of pairs exactly at the threshold may share no band; far fewer above it."""
 SEED = 1

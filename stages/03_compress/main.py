@@ -11,8 +11,9 @@ whatever your server costs; ``teacher`` cents per thousand texts (``make estimat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +24,8 @@ from mlx_generator import COMMIT, MlxGenerator, MlxSettings
 from pydantic import Field
 
 from shared.errors import SettingsError
-from shared.records import Generation, Pair, RawText, Sourced
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Domain, Generation, Pair, RawText, Sourced
 from shared.stage import Settings, Stage, run
 from shared.text import Tokenizer
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from shared.llm import Reply
 
 PROVENANCE = tuple(Sourced.model_fields)
+EXPECTED_RATIO = 0.6
+"""Compressed tokens / verbose tokens, for the estimate; what was measured once it has run is in the report."""
 
 
 class EndpointSettings(Settings):
@@ -137,6 +141,20 @@ def table_of(params: Params) -> MlxSettings | EndpointSettings | TeacherSettings
     if table is None:
         raise SettingsError(f"generator = {params.generator!r}, but there is no table [{params.generator}]", "add it")
     return table
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 03 asks for these texts, from an empty store; nothing when it generates on this machine."""
+    table = table_of(params)
+    if isinstance(table, MlxSettings):
+        return []
+    prompts = sum(
+        tokens_of((Path(__file__).parent / "prompts" / f).read_text("utf-8")) for f in ("system.txt", "user.txt")
+    )
+    records = sum(volume.records for volume in volumes.values())
+    tokens = sum(volume.records * volume.tokens for volume in volumes.values())
+    base_url = getattr(table, "base_url", "")
+    return [Calls(table.model, records, records * prompts + tokens, tokens * EXPECTED_RATIO, base_url=base_url)]
 
 
 def main(stage: Stage[Params]) -> None:

@@ -12,21 +12,23 @@ Cost: one call a chunk; about $0.0005 at claude-haiku-5-5. `make estimate` says 
 from __future__ import annotations
 
 import datetime
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from facts import Chunk, chunks_of, dates_after, read_facts, spread
 from pydantic import BaseModel, Field
 
 from shared.errors import SettingsError
 from shared.llm import Reply, Request, chat
-from shared.records import QAPair, content_id
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Domain, QAPair, content_id
 from shared.stage import ROOT, Settings, Stage, run, shown
 
-CONTEXT_LINES = 3
-MAX_FILE_BYTES = 5_000_000
-"""A facts file is written by people; a larger one is something else."""
+FACTS = ROOT / "data" / "inputs" / "facts.md"
+PAIR_TOKENS, QUESTION_AND_ANSWER_TOKENS = 90, 45
+"""Of one pair as the model writes it, JSON and quote included, and of its question and answer; for the estimate."""
 
 
 class Params(Settings):
@@ -59,113 +61,6 @@ class Extracted(BaseModel):
     pairs: list[ExtractedPair]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One bullet with what is needed to understand it; ``first`` and ``last`` are its lines in the file, from 1."""
-
-    section: str
-    text: str
-    first: int
-    last: int
-
-
-# ---------------------------------------------------------------- the facts file
-
-
-def read_facts(path: Path) -> str:
-    """The file's text.
-
-    Raises:
-        SettingsError: missing, empty, binary or far too large.
-    """
-    mend = "make grounded FACTS=path/to/facts.md   (Markdown: # sections with - bullets)"
-    if not path.is_file():
-        raise SettingsError(f"no facts file at {shown(path)}", mend)
-    data = path.read_bytes()
-    if len(data) > MAX_FILE_BYTES or b"\0" in data:
-        raise SettingsError(f"{shown(path)} is not a facts file: {len(data):,} bytes, binary or too large", mend)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{shown(path)} is not UTF-8 text: {error}", mend) from None
-    if not text.strip():
-        raise SettingsError(f"{shown(path)} is empty", mend)
-    return text
-
-
-def chunks_of(text: str) -> list[Chunk]:
-    """The bullets of a Markdown text, each with its section and up to three lines of context before it.
-
-    A line that belongs to no bullet (a paragraph) is a bullet of its own; continuation lines stay with their bullet.
-    """
-    section, before = "", list[str]()
-    chunks: list[Chunk] = []
-    bullet: list[str] = []
-    first = 0
-
-    def close(last: int) -> None:
-        nonlocal bullet
-        if bullet:
-            body = "\n".join(bullet)
-            title = [f"# {section}"] if section else []
-            chunks.append(Chunk(section, "\n".join([*title, *before[-CONTEXT_LINES:], body]), first, last))
-            before.extend(bullet)
-            bullet = []
-
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        heading = re.match(r"#{1,6}\s+(.*)", line)
-        if heading:
-            close(number - 1)
-            section, before = heading[1].strip(), []
-        elif not line.strip():
-            close(number - 1)
-        elif bullet and line[:1].isspace():
-            bullet.append(line.rstrip())
-        else:
-            close(number - 1)
-            bullet, first = [line.rstrip()], number
-    close(len(lines))
-    return chunks
-
-
-def spread(chunks: list[Chunk], most: int) -> list[Chunk]:
-    """At most ``most`` chunks, evenly over the file; all when ``most`` is 0."""
-    if not most or most >= len(chunks):
-        return chunks
-    return [chunks[i * len(chunks) // most] for i in range(most)]
-
-
-# ---------------------------------------------------------------- checks
-
-_MONTHS = "january february march april may june july august september october november december".split()
-_DATE = re.compile(
-    r"\b(?P<year>(?:19|20)\d\d)(?:-(?P<month>\d\d)(?:-(?P<day>\d\d))?)?\b"
-    rf"|\b(?P<name>{'|'.join(_MONTHS)})\s+(?:(?P<dom>\d{{1,2}}),?\s+)?(?P<year2>(?:19|20)\d\d)\b",
-    re.IGNORECASE,
-)
-
-
-def dates_after(text: str, as_of: datetime.date) -> list[str]:
-    """The dates in a text that begin after ``as_of``: ``2031``, ``2031-05``, ``2031-05-02``, ``May 2031``."""
-    late = []
-    for match in _DATE.finditer(text):
-        year: str
-        month: str | int
-        day: str | int
-        if match["name"]:
-            year, month, day = match["year2"], _MONTHS.index(match["name"].lower()) + 1, match["dom"] or 1
-        else:
-            year, month, day = match["year"], match["month"] or 1, match["day"] or 1
-        try:
-            begins = datetime.date(int(year), int(month), int(day))
-        except ValueError:
-            continue  # 2024-99 is no date
-        if begins > as_of:
-            late.append(match[0])
-    return late
-
-
 def squeezed(text: str) -> str:
     """The text with every run of white space as one space: how quotes are compared."""
     return " ".join(text.split())
@@ -184,10 +79,27 @@ def fault_of(pair: ExtractedPair, chunk: Chunk, params: Params) -> tuple[str, st
     return None
 
 
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 05 asks about the facts file, from an empty store."""
+    chunks = spread(chunks_of(read_facts(FACTS)), params.max_chunks)
+    here = Path(__file__).parent / "prompts"
+    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in ("system", "extract"))
+    tokens = sum(tokens_of(chunk.text) for chunk in chunks)
+    asked = len(chunks) * (prompt + tokens_of(str(strict_schema(Extracted)))) + tokens
+    return [Calls(params.model, len(chunks), asked, len(chunks) * params.pairs_per_chunk * PAIR_TOKENS)]
+
+
+def yields(params: Params, volumes: Mapping[Domain, Volume]) -> dict[Domain, Volume]:
+    """The pairs 05 will make of the facts file."""
+    chunks = spread(chunks_of(read_facts(FACTS)), params.max_chunks)
+    tokens = sum(tokens_of(chunk.text) for chunk in chunks) / max(1, len(chunks))
+    return {"prose": Volume(len(chunks) * params.pairs_per_chunk, tokens + QUESTION_AND_ANSWER_TOKENS)}
+
+
 def main(stage: Stage[Params]) -> None:
     # -- load
     p = stage.params
-    path = stage.input or ROOT / "data" / "inputs" / "facts.md"
+    path = stage.input or FACTS
     chunks = spread(chunks_of(read_facts(path)), p.max_chunks)[: stage.limit or None]
     if not chunks:
         raise SettingsError(f"{shown(path)} has no facts", "write # sections with - bullets into it")

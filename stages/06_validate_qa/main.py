@@ -11,13 +11,20 @@ Cost: one call a pair; about $0.0001 at gpt-6-luna.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from pydantic import BaseModel, Field
 
 from shared.errors import SettingsError
 from shared.llm import Reply, Request, chat
-from shared.records import QAPair, Validation
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Domain, QAPair, Validation
 from shared.stage import Settings, Stage, run
 
+ANSWER_TOKENS = 50
+"""Of one validation, for the estimate: four booleans and a sentence."""
 CRITERIA = ("supported", "complete", "self_contained", "no_invention")
 
 
@@ -37,6 +44,16 @@ class Checked(BaseModel):
     self_contained: bool
     no_invention: bool
     reason: str
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 06 asks for these pairs, from an empty store."""
+    here = Path(__file__).parent / "prompts"
+    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in ("system", "validate"))
+    pairs = sum(volume.records for volume in volumes.values())
+    tokens = sum(volume.records * volume.tokens for volume in volumes.values())
+    asked = pairs * (prompt + tokens_of(str(strict_schema(Checked)))) + tokens
+    return [Calls(params.model, pairs, asked, pairs * ANSWER_TOKENS)]
 
 
 def main(stage: Stage[Params]) -> None:

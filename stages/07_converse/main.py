@@ -12,6 +12,8 @@ Cost: one call a conversation; about $0.0006 at gpt-6-luna.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import orjson
@@ -20,9 +22,13 @@ from pydantic import BaseModel, Field
 
 from shared.dialogue import Turn, fault_of
 from shared.llm import Reply, Request, chat
-from shared.records import Conversation, Grounding, Message, Plan, QAPair, content_id
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Conversation, Domain, Grounding, Message, Plan, QAPair, content_id
 from shared.stage import Settings, Stage, run
 
+EXCHANGE_TOKENS = 110
+"""Of one question and its answer, JSON included, for the estimate."""
 TRIES = 3
 """Times a conversation that is off its plan is asked for."""
 
@@ -77,6 +83,36 @@ def prompt_for(template: str, pair: QAPair, plan: Plan, params: Params) -> str:
         "answer": pair.answer,
     }
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def planned(params: Params, pairs: float) -> float:
+    """How many conversations that many pairs seed."""
+    return min(pairs * params.per_pair, params.count or float("inf"))
+
+
+def exchanges(params: Params) -> float:
+    """Mean number of exchanges of a conversation."""
+    return sum(turns * share for turns, share in params.turns.items()) / sum(params.turns.values())
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 07 asks for these pairs, from an empty store."""
+    here = Path(__file__).parent / "prompts"
+    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in ("system", "converse"))
+    pairs = sum(volume.records for volume in volumes.values())
+    count = planned(params, pairs)
+    tokens = sum(volume.records * volume.tokens for volume in volumes.values()) / max(1.0, pairs)
+    asked = count * (prompt + tokens_of(str(strict_schema(Dialogue))) + tokens)
+    return [Calls(params.model, count, asked, count * exchanges(params) * EXCHANGE_TOKENS)]
+
+
+def yields(params: Params, volumes: Mapping[Domain, Volume]) -> dict[Domain, Volume]:
+    """The conversations 07 will make of these pairs."""
+    pairs = sum(volume.records for volume in volumes.values())
+    return {
+        domain: Volume(planned(params, pairs) * volume.records / pairs, exchanges(params) * EXCHANGE_TOKENS)
+        for domain, volume in volumes.items()
+    }
 
 
 def main(stage: Stage[Params]) -> None:

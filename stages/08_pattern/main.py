@@ -12,28 +12,24 @@ Cost: one call an example of up to 3,000 tokens; about $0.0015 at gpt-6-luna, $0
 
 from __future__ import annotations
 
-import random
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
-from pydantic import BaseModel, Field, ValidationError
+from dealing import Planned, Source, load_patterns, load_topics, plan
+from pydantic import BaseModel, Field
 
 from shared.dialogue import Turn, fault_of
 from shared.errors import SettingsError
 from shared.llm import Reply, Request, chat
-from shared.records import Conversation, Message, Part, content_id
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Conversation, Domain, Message, content_id
 from shared.stage import Settings, Stage, run, shown
 
 HERE = Path(__file__).parent
-
-
-class Source(Settings):
-    """One provider and how many examples it makes."""
-
-    model: str
-    count: int = Field(ge=1)
+EXCHANGE_TOKENS = 350
+"""Of one question and its answer with code, JSON included, for the estimate."""
 
 
 class Params(Settings):
@@ -52,15 +48,6 @@ class Params(Settings):
     licence: str = "MIT"
 
 
-class Pattern(Part):
-    """One row of ``patterns.toml``."""
-
-    name: str
-    definition: str
-    looks_like: str
-    cues: tuple[str, ...]
-
-
 class Generated(BaseModel):
     """The answer to ``pattern.txt``."""
 
@@ -68,93 +55,6 @@ class Generated(BaseModel):
     patterns_applied: list[str]
     conversation: list[Turn]
     learning_notes: list[str]
-
-
-class Planned(Part):
-    """One example to make; ``number`` is its place in its provider's plan."""
-
-    model: str
-    number: int
-    topic: str
-    patterns: tuple[str, ...]
-
-
-class Cards:
-    """Patterns dealt by cycling: every round is all of them once, in an order drawn from the seed."""
-
-    def __init__(self, patterns: Sequence[str], seed: str) -> None:
-        self._patterns, self._seed, self._round = list(patterns), seed, 0
-        self._left: list[str] = []
-
-    def deal(self, count: int, without: Sequence[str] = ()) -> list[str]:
-        """The next ``count`` different cards that are not among ``without``; those passed over stay next in line."""
-        hand: list[str] = []
-        passed_over: list[str] = []
-        while len(hand) < count:
-            if not self._left:
-                order = random.Random(f"{self._seed} {self._round}")
-                self._left, self._round = order.sample(self._patterns, len(self._patterns)), self._round + 1
-            card = self._left.pop(0)
-            (passed_over if card in hand or card in without else hand).append(card)
-        self._left = passed_over + self._left
-        return hand
-
-
-def plan(sources: Sequence[Source], topics: Sequence[str], patterns: Sequence[str], seed: int) -> list[Planned]:
-    """The examples to make; the same seed gives the same plan, byte for byte.
-
-    A conversation gets two patterns, the next one three, and so on. Each provider is dealt whole rounds of its own and
-    its last cards from a round all providers share, so every pattern occurs equally often, within one, for each
-    provider and over all of them.
-    """
-    shared = Cards(patterns, f"{seed} shared")
-    planned = []
-    for source in sources:
-        sizes = [2 + number % 2 for number in range(source.count)]
-        whole = sum(sizes) // len(patterns) * len(patterns)
-        own = Cards(patterns, f"{seed} {source.model}")
-        deck = [card for _ in range(whole // len(patterns)) for card in own.deal(len(patterns))]
-        deck += shared.deal(sum(sizes) - whole)
-        order = random.Random(f"{seed} {source.model} topics").sample(list(topics), len(topics))
-        for number, size in enumerate(sizes):
-            hand = _hand(deck, size)
-            topic = order[number % len(order)]
-            planned.append(Planned(model=source.model, number=number, topic=topic, patterns=tuple(hand)))
-    return planned
-
-
-def _hand(deck: list[str], size: int) -> list[str]:
-    """Take the first ``size`` different cards off the deck; only its last cards can lack so many different ones."""
-    hand = list(dict.fromkeys(deck))[:size]
-    for card in hand:
-        deck.remove(card)
-    return hand
-
-
-def load_patterns(path: Path) -> dict[str, Pattern]:
-    """The patterns by name.
-
-    Raises:
-        SettingsError: the file is not as it should be.
-    """
-    try:
-        rows = tomllib.loads(path.read_text("utf-8"))["patterns"]
-        return {row["name"]: Pattern.model_validate(row) for row in rows}
-    except (OSError, KeyError, tomllib.TOMLDecodeError, ValidationError) as error:
-        raise SettingsError(f"{shown(path)}: {error}", f"git checkout -- {shown(path)}") from None
-
-
-def load_topics(path: Path) -> list[str]:
-    """The topics, in the order of the file.
-
-    Raises:
-        SettingsError: not TOML, or a topic occurs twice.
-    """
-    areas = tomllib.loads(path.read_text("utf-8"))
-    topics = [topic for rows in areas.values() for topic in rows]
-    if len(set(topics)) != len(topics):
-        raise SettingsError(f"{shown(path)}: a topic occurs twice", f"edit {shown(path)}")
-    return topics
 
 
 def few_shot(path: Path | None, count: int) -> str:
@@ -175,6 +75,25 @@ def fault(made: Generated, planned: Planned, params: Params) -> str:
     if not made.learning_notes:
         return "learning_notes is empty"
     return fault_of(made.conversation, params.least_exchanges, params.most_exchanges)
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 08 asks, from an empty store; two or three patterns are described in every prompt."""
+    prompt = sum(
+        tokens_of((HERE / name).read_text("utf-8"))
+        for name in ("prompts/system.txt", "prompts/pattern.txt", "profile.md")
+    )
+    described = [tokens_of(row.definition + row.looks_like) for row in load_patterns(HERE / "patterns.toml").values()]
+    asked = prompt + 2.5 * sum(described) / len(described) + tokens_of(str(strict_schema(Generated)))
+    asked += tokens_of(few_shot(params.examples, params.few_shot))
+    answer = (params.least_exchanges + params.most_exchanges) / 2 * EXCHANGE_TOKENS
+    return [Calls(s.model, s.count, s.count * asked, s.count * answer, 0.5, 2.0) for s in params.providers]
+
+
+def yields(params: Params, volumes: Mapping[Domain, Volume]) -> dict[Domain, Volume]:
+    """The conversations 08 will make."""
+    tokens = (params.least_exchanges + params.most_exchanges) / 2 * EXCHANGE_TOKENS
+    return {"code": Volume(sum(source.count for source in params.providers), tokens)}
 
 
 def main(stage: Stage[Params]) -> None:

@@ -13,6 +13,7 @@ Cost: one call a conversation; about $0.0004 at claude-haiku-5-5.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 from gates import Gates, go_no_go
@@ -21,9 +22,13 @@ from rubric import Tally
 
 from shared.errors import SettingsError
 from shared.llm import Reply, Request, chat
-from shared.records import Conversation, Criterion, Judgement
+from shared.llm.types import strict_schema
+from shared.llm.volume import Calls, Volume, tokens_of
+from shared.records import Conversation, Criterion, Domain, Judgement
 from shared.stage import ROOT, Settings, Stage, run
 
+CRITERION_TOKENS, FEEDBACK_TOKENS, CONTEXT_TOKENS = 45, 60, 120
+"""Of one criterion judged with its quote, of feedback and issues, and of the facts or profile; for the estimate."""
 TRIES = 3
 """Times a judge that leaves criteria out is asked."""
 
@@ -94,6 +99,18 @@ def prompt_for(template: str, record: Conversation, params: Params, definitions:
     for name, value in values:
         template = template.replace(name, value, 1)
     return template
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 09 asks for these conversations, from an empty store; with patterns, two or three criteria more each."""
+    here = Path(__file__).parent / "prompts"
+    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in ("system", "judge"))
+    criteria = len(params.criteria) + (2.5 if params.patterns else 0)
+    rubric = criteria * sum(tokens_of(meaning) + 8 for meaning in params.criteria.values()) / len(params.criteria)
+    count = sum(volume.records for volume in volumes.values())
+    tokens = sum(volume.records * volume.tokens for volume in volumes.values())
+    asked = count * (prompt + tokens_of(str(strict_schema(Judged))) + rubric + CONTEXT_TOKENS) + tokens
+    return [Calls(params.judge, count, asked, count * (criteria * CRITERION_TOKENS + FEEDBACK_TOKENS))]
 
 
 def main(stage: Stage[Params]) -> None:

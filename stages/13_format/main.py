@@ -98,7 +98,9 @@ def main(stage: Stage[Params]) -> None:
         write_format(stage.side_dir(name), FORMATS[name], examples)
     write_dataset(stage.side_dir("dataset"), examples, name=p.pretty_name, languages=p.languages, apis=stage.apis)
     shares = ", ".join(f"{split} {count}" for split, count in counts.items())
-    stage.tables.append(f"\n{track_table(stage.output.parent)}\n\n{len(examples)} training examples: {shares}")
+    stage.tables.append(
+        f"\n{track_table(stage.output.parent, running=stage.name)}\n\n{len(examples)} training examples: {shares}"
+    )
 
 
 if __name__ == "__main__":
