@@ -14,9 +14,11 @@ BUDGET_USD ?=
 LIMIT     ?= 0
 FACTS     ?= data/inputs/facts.md
 PYTHON    ?= python3
+ENGINE    ?= embedded
+RAY_ADDRESS ?=
 ID        ?=
 
-export APIS BUDGET_USD
+export APIS BUDGET_USD ENGINE RAY_ADDRESS
 export PYTHONPATH := $(CURDIR)
 
 PY     := .venv/bin/python
@@ -158,8 +160,8 @@ estimate: .venv/.setup ## calls, tokens and dollars of RUN per stage, low / expe
 	$(PY) -m shared.estimate --run $(RUN)
 stats: .venv/.setup ## what RUN kept, rejected and spent, by stage, provider, model and day
 	$(PY) -m shared.stats --run $(RUN)
-trace: .venv/.setup ## the life of one record: make trace ID=<id>
-	$(PY) -m shared.trace --run $(RUN) $(ID)
+trace: .venv/.setup ## the life of one record: make trace ID=<id> (FULL=1: prompts and answers whole)
+	$(PY) -m shared.trace --run $(RUN) $(if $(FULL),--full) $(ID)
 mock: .venv/.setup ## the stand-in cloud by hand, until Ctrl-C
 	$(PY) -m shared.standin
 clean: ## remove the outputs of RUN; paid answers in data/cache stay
@@ -175,6 +177,8 @@ help: ## this text
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
 	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
+	  ENGINE 'embedded or ray: where 02, 11 and 12 run (now: $(ENGINE))' \
+	  RAY_ADDRESS 'the Ray cluster, with ENGINE=ray; Ray itself is yours to install (now: $(RAY_ADDRESS))' \
 	  ID 'the record that make trace follows (now: $(ID))' \
 	  PYTHON 'the Python (3.11 to 3.13) that set-up starts from (now: $(PYTHON))'
 

@@ -30,7 +30,17 @@ def main(groups: list[str]) -> None:
     subprocess.run([python, "-m", "pip", "install", *quiet, "-r", LOCKS / "uv.txt"], check=True)
     files = [argument for group in groups for argument in ("-r", LOCKS / f"{group}.txt")]
     print(f"set-up: installing {', '.join(groups)}", file=sys.stderr)
-    command = [VENV / "bin" / "uv", "pip", "install", "--quiet", "--python", python, "--require-hashes", *files]
+    command = [
+        VENV / "bin" / "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--compile-bytecode",
+        "--python",
+        python,
+        "--require-hashes",
+        *files,
+    ]
     subprocess.run(command, check=True, cwd=ROOT)
 
 

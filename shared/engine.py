@@ -1,8 +1,8 @@
 """Data frames for the data-parallel stages: Daft, embedded by default, the same plans on a Ray cluster on request.
 
 ``ENGINE=embedded`` (the default) runs in this process, on all its cores. ``ENGINE=ray`` runs on the cluster at
-``RAY_ADDRESS`` (``ray://host:10001``; none starts a local one); it needs the ``ray`` package here, and there the same
-packages and this repository on ``PYTHONPATH``.
+``RAY_ADDRESS`` (``ray://host:10001``; none starts a local one), to the same bytes; it needs the ``ray`` package here,
+and on every worker the same packages, this repository on ``PYTHONPATH``, and ``data/`` at the same path.
 """
 
 from __future__ import annotations

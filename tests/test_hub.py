@@ -43,6 +43,8 @@ answers = {
     "seed 1": told(lambda: rows(DOLLY, 1, 8)),
     "seed 1 again": told(lambda: rows(DOLLY, 1, 8)),
     "seed 2": told(lambda: rows(DOLLY, 2, 8)),
+    "files 1": told(lambda: rows(CLEAN, 1, 0, revision=PARQUET, data_files="*/partial-train/*.parquet")),
+    "files 2": told(lambda: rows(CLEAN, 2, 0, revision=PARQUET, data_files="*/partial-train/*.parquet")),
     "by commit": told(lambda: rows(DOLLY, 1, 8, revision=hub.open_dataset(DOLLY, "main").commit)),
     "gated": told(lambda: len(rows(SMOL, None, 0, data_dir="data/python"))),
     "missing": told(lambda: hub.open_dataset("nobody/nothing", "main")),
@@ -106,6 +108,19 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(answers: dict[str, Any
     assert sorted(first) == sorted(second) == everything
     assert first == answers["seed 1 again"]["value"] == answers["by commit"]["value"]
     assert len({json.dumps(order) for order in (first, second, answers["in order"]["value"])}) == 3
+    numbers = [int(place.split(":")[1]) for place, _ in first[:20]]
+    assert numbers != sorted(numbers)  # drawn from the buffer, not passed through it
+
+
+def test_files_come_in_an_order_that_the_seed_decides(answers: dict[str, Any]) -> None:
+    orders = []
+    for case in ("files 1", "files 2"):
+        places = [place.split(":") for place, _ in answers[case]["value"]]
+        files = list(dict.fromkeys(file for file, _ in places))
+        assert places == sorted(places, key=lambda place: (files.index(place[0]), int(place[1])))
+        orders.append(files)
+    assert sorted(orders[0]) == sorted(orders[1]) and len(orders[0]) == 4
+    assert orders[0] != orders[1]
 
 
 def test_a_token_opens_what_is_gated(answers: dict[str, Any]) -> None:

@@ -578,7 +578,10 @@ def test_the_log_tells_every_request_once_and_whether_it_was_served(
         with pytest.raises(ConnectionResetError):
             post(one, body, {"x-standin-fault": "reset"})
         post(one, body, {"x-standin-fault": "truncate"})
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    # A line is written after its answer, so the last ones may come a moment after the client has it.
+    until = time.monotonic() + 10
+    while len(lines := [json.loads(line) for line in log.read_text().splitlines()]) < 43 and time.monotonic() < until:
+        time.sleep(0.01)
     assert len(lines) == 43
     assert {line["sha256"] for line in lines} == {hashlib.sha256(body).hexdigest()}
     assert [(line["status"], line["fault"], line["served"]) for line in lines[-3:]] == [

@@ -156,14 +156,12 @@ class Comparison:
 
     Attributes:
         recall: share of a's words that b has, 0 to 1.
-        covered: share of b's words that a has, 0 to 1.
         overlap: Dice overlap of their words, 0 to 1.
         lost: facts (numbers, names, negated words) of a that b has not.
         added: facts of b that a has not.
     """
 
     recall: float
-    covered: float
     overlap: float
     lost: tuple[str, ...]
     added: tuple[str, ...]
@@ -175,12 +173,9 @@ class Comparison:
     @property
     def supported(self) -> bool:
         """b says nothing that a does not: for an answer b given to a text a."""
-        return not self.added and self.covered >= 0.5
+        return not self.added
 
-    def reason(self, *, one_way: bool = False) -> str:
-        """Why, in words; ``one_way``: what only the first has does not matter."""
-        if one_way and self.supported:
-            return f"everything stated is found, and {self.covered:.0%} of the words"
+    def reason(self) -> str:
         if self.lost or self.added:
             lost = f"only the first has {', '.join(self.lost[:4])}" if self.lost else ""
             added = f"only the second has {', '.join(self.added[:4])}" if self.added else ""
@@ -192,10 +187,9 @@ def compare(a: str, b: str, kind: Kind = "prose") -> Comparison:
     """What two texts have in common, by content."""
     terms_a, facts_a = _content(a, kind)
     terms_b, facts_b = _content(b, kind)
-    common = len(terms_a & terms_b)
+    recall = len(terms_a & terms_b) / len(terms_a) if terms_a else 1.0
     return Comparison(
-        common / len(terms_a) if terms_a else 1.0,
-        common / len(terms_b) if terms_b else 1.0,
+        recall,
         reading.overlap(terms_a, terms_b),
         tuple(sorted(facts_a - facts_b - terms_b)),
         tuple(sorted(facts_b - facts_a - terms_a)),

@@ -89,7 +89,7 @@ def _message(request: Request, fault: str, bad_share: float) -> Reply:
     system, user = _text(body.get("system")), _turns(body["messages"])
     limit, thinking = int(body["max_tokens"]), _thinks(model, body.get("thinking"))
     thought = engine.tokens(_THINKING) if thinking else 0
-    answer = engine.answer(system, user, _schema(body), model, max(0, limit - thought), bad_share)
+    answer = engine.answer(system, user, _schema(body), model, max(0, limit - thought), bad_share, request.attempt)
     text, reason, output = answer.text, "max_tokens" if answer.truncated else "end_turn", answer.output_tokens
     text, stop = stopped(text, body.get("stop_sequences"))
     if stop is not None:

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from shared.standin import answering, reading
-from shared.standin.brief import read_brief
-from shared.standin.filling import Filler, Material
+from shared.standin.filling import Filler
 from shared.standin.reading import Kind
 from shared.standin.rewriting import rewrite
 
@@ -53,6 +52,7 @@ def answer(
     model: str = "",
     max_tokens: int = 4096,
     bad_share: float = BAD_SHARE,
+    attempt: str = "",
 ) -> Answer:
     """The answer to one prompt.
 
@@ -63,38 +63,42 @@ def answer(
         model: name; decides the phrasing, nothing else.
         max_tokens: of the answer.
         bad_share: share of texts, 0 to 1, whose compression comes out bad.
+        attempt: which repetition of an equal question this is; what fails once may succeed when asked again.
     """
-    text = _answer(system, user, schema, model, bad_share)
+    text = _answer(system, user, schema, model, bad_share, attempt)
     within = cut(text, max_tokens)
     return Answer(within, within != text, tokens(system) + tokens(user), tokens(within))
 
 
-def _answer(system: str, user: str, schema: dict[str, Any] | None, model: str, bad_share: float) -> str:
+def _answer(system: str, user: str, schema: dict[str, Any] | None, model: str, bad_share: float, attempt: str) -> str:
     if schema is None and (source := _to_rewrite(system, user)) is not None:
         return rewrite(source, bad_share)
     asked = _understand(system, user)
     if schema is None:
         return _plain(asked, model)
-    return orjson.dumps(_filler(asked, schema, model, user).fill(schema)).decode()
+    return orjson.dumps(_filler(asked, schema, model).fill(schema)).decode()
 
 
 # ---------------------------------------------------------------- understanding the prompt
 
 
 class Asked(NamedTuple):
-    """A prompt taken apart: what it asks for, and the texts it gives, by tag when they are tagged."""
+    """A prompt taken apart: what it asks for, and the texts it gives."""
 
     instruction: str
     texts: tuple[str, ...]
-    sections: dict[str, str]
     kind: Kind
 
 
 _REWRITE = re.compile(r"\s*(?:please )?(?:compress|rewrite|shorten|condense)\b[^\n:]{0,80}:\s*", re.I)
 _REWRITE_SYSTEM = re.compile(r"\b(?:compress\w*|shorthand|lowest token|fewer tokens|minimal tokens)\b", re.I)
 _SECTION = re.compile(r"<(\w+)(?: [^>]*)?>\s*(.*?)\s*</\1>", re.S)
-_SOURCES = ("text", "chunk", "passage", "context", "document", "facts", "source", "article")
-"""Tags of the text that a task is about, where other things (a question, an answer) stand in tags as well."""
+_COUNT = re.compile(
+    r"\b(\d{1,2}|one|two|three|four|five|six|seven|eight|nine|ten)\s+(?:[\w-]+\s+){0,3}?"
+    r"(?:questions?|pairs?|items?|turns?|examples?|points?|messages?)\b",
+    re.I,
+)
+_WORDS = "zero one two three four five six seven eight nine ten".split()
 
 
 def _to_rewrite(system: str, user: str) -> str | None:
@@ -108,8 +112,7 @@ def _to_rewrite(system: str, user: str) -> str | None:
 
 def _understand(system: str, user: str) -> Asked:
     """Texts are what stands in tags; without tags, the longest paragraph group after the instruction."""
-    sections = {match[1]: match[2] for match in _SECTION.finditer(user)}
-    texts = tuple(sections.values())
+    texts = tuple(match[2] for match in _SECTION.finditer(user))
     instruction = _SECTION.sub(" ", user).strip() if texts else user
     if not texts:
         head, _, rest = user.partition("\n\n")
@@ -120,88 +123,59 @@ def _understand(system: str, user: str) -> Asked:
             elif len(head) <= len(rest):
                 instruction, texts = head, (rest.strip(),)
         if not texts and len(system) > len(user):  # the text is in the system prompt, as for a chat about a document
-            texts = tuple(match[2] for match in _SECTION.finditer(system)) or (system,)
+            sections = tuple(match[2] for match in _SECTION.finditer(system))
+            texts = sections or (system,)
     # The instruction decides, not the text: a text and its shorthand must be read in the same way.
     code = re.search(r"\b(?:code|function|program)\b", instruction, re.I)
-    return Asked(instruction, texts or (user,), sections, "code" if code else "prose")
+    return Asked(instruction, texts or (user,), "code" if code else "prose")
 
 
-def _source(asked: Asked) -> str:
-    """The text that the task is about."""
-    return next((asked.sections[tag] for tag in _SOURCES if tag in asked.sections), asked.texts[0])
+def _wanted(instruction: str) -> int:
+    match = _COUNT.search(instruction)
+    if match is None:
+        return 0
+    return int(match[1]) if match[1].isdigit() else _WORDS.index(match[1].lower())
 
 
 # ---------------------------------------------------------------- answering
 
 
-def _filler(asked: Asked, schema: dict[str, Any], model: str, user: str) -> Filler:
-    names, kinds = _properties(schema)
-    brief = read_brief(asked.instruction if asked.sections else user, asked.sections, names)
-    material = Material(brief, (), answering.style_of(model), question=asked.instruction, seed=f"{model} {user}")
-    if "boolean" in kinds and len(asked.texts) > 1:
-        _judge(asked, material)
-    else:
-        _retell(asked, material, " ".join(names).lower())
-    return Filler(material)
-
-
-def _judge(asked: Asked, material: Material) -> None:
-    """Prepare to compare: two answers with each other, a statement with its source, a conversation with the facts."""
-    sections, texts = asked.sections, asked.texts
-    if "conversation" in sections:
-        said = "\n".join(_turns_of(sections["conversation"], "assistant"))
-        material.statements = reading.read(said, "prose")
-        facts = next((sections[tag] for tag in _SOURCES if tag in sections), "")
-        material.comparison = answering.compare(facts, said) if facts else None
-        return
-    material.question = sections.get("question", asked.instruction)
-    material.alike = not any(tag in sections for tag in _SOURCES) or len(texts) == 2 and "answer" not in sections
-    material.comparison = answering.compare(texts[0] if material.alike else _source(asked), texts[-1])
-
-
-def _turns_of(conversation: str, role: str) -> list[str]:
-    """What one side says in a conversation written as ``role: words``."""
-    parts = re.split(r"^(system|user|assistant): ", conversation, flags=re.M)
-    return [words.strip() for name, words in zip(parts[1::2], parts[2::2], strict=True) if name == role]
-
-
-def _retell(asked: Asked, material: Material, names: str) -> None:
-    """Prepare to say what the text says."""
-    source, low = _source(asked), asked.instruction.lower()
-    listed = material.brief.listed
-    if not asked.sections and material.brief.topic and listed:  # there is no text: what it lists is all there is to say
-        source = "\n".join(f"- {meaning}" for _, meaning in listed)
-    statements = reading.read(source, asked.kind if source is asked.texts[0] else "prose")
-    if re.search(r"\blast (?:entry|line|bullet|sentence)\b", low):
-        statements = statements[-1:]
-    material.statements, material.given = statements, asked.sections
+def _filler(asked: Asked, schema: dict[str, Any], model: str) -> Filler:
+    style = answering.style_of(model)
+    names = " ".join(_property_names(schema)).lower()
+    low = asked.instruction.lower()
+    comparison = answering.compare(asked.texts[0], asked.texts[-1]) if len(asked.texts) > 1 else None
+    if comparison is not None:  # a judge compares; it does not retell
+        return Filler([], style, question=asked.instruction, comparison=comparison, seed=model + asked.texts[-1])
+    statements = reading.read(asked.texts[0], asked.kind)
     lines: dict[str, list[str]] = {}
     if "implication" in names or "what follows" in low or "implication" in low:
-        lines["implications"] = answering.implications(statements, material.style)
+        lines["implications"] = answering.implications(statements, style)
     if "step" in names or (asked.kind == "code" and "explain" in low):
-        lines["steps"] = answering.steps(statements, material.style)
+        lines["steps"] = answering.steps(statements, style)
     if "point" in names or "key point" in low:
-        lines["points"] = answering.key_points(statements, material.style)
-    material.lines = lines
-    if "code" in names:
-        material.code = answering.code(reading.read(source, "code"), material.style)
+        lines["points"] = answering.key_points(statements, style)
+    return Filler(
+        statements,
+        style,
+        question=asked.instruction,
+        lines=lines,
+        code=answering.code(reading.read(asked.texts[0], "code"), style) if "code" in names else "",
+        wanted=_wanted(asked.instruction),
+        seed=model + asked.texts[0],
+    )
 
 
-def _properties(schema: Any) -> tuple[list[str], set[str]]:
-    """The names of all properties in a schema, and the types that occur."""
+def _property_names(schema: Any) -> list[str]:
     names: list[str] = []
-    kinds: set[str] = set()
-    parts = [schema]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, dict):
-            names += part.get("properties", {})
-            if isinstance(part.get("type"), str):
-                kinds.add(part["type"])
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    return names, kinds
+    if isinstance(schema, dict):
+        names += list(schema.get("properties", {}))
+        for value in schema.values():
+            names += _property_names(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            names += _property_names(value)
+    return names
 
 
 def _plain(asked: Asked, model: str) -> str:

@@ -7,14 +7,11 @@ and strings with bounds, nullable types as lists, and Gemini's upper-case dialec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-from shared.standin import answering, dialogue, reading
+from shared.standin import answering
 from shared.standin.answering import Comparison, Style
-from shared.standin.brief import Brief
-from shared.standin.dialogue import clean, keyword
 from shared.standin.reading import Statement
 from shared.standin.rewriting import draw
 
@@ -51,42 +48,34 @@ def lower_case(schema: Schema) -> Schema:
     return plain
 
 
-@dataclass
-class Material:
-    """What an answer is made from.
+class Filler:
+    """Values for one schema from one text.
 
-    Attributes:
-        brief: what the instruction says about the answer.
+    Args:
         statements: what the text says; may be empty.
         style: how the model phrases.
-        question: the question to answer, or the instruction.
-        given: a question and an answer that came with the text, by name; the start of a conversation about it.
-        lines: ready lines by meaning: ``points``, ``implications``, ``steps``.
-        code: the text as code.
+        question: the instruction or question, for answers that must fit it.
+        lines: ready lines by meaning: ``points``, ``implications``, ``steps``; and ``code`` as one string.
         comparison: when two texts were given to compare.
-        alike: they are to say the same; else, the second is to say nothing that the first does not.
+        wanted: how many objects the instruction asks for; 0 = it does not say.
         seed: of choices nothing else decides.
     """
 
-    brief: Brief
-    statements: Sequence[Statement]
-    style: Style
-    question: str = ""
-    given: Mapping[str, str] = field(default_factory=dict)
-    lines: Mapping[str, list[str]] = field(default_factory=dict)
-    code: str = ""
-    comparison: Comparison | None = None
-    alike: bool = False
-    seed: str = ""
-
-
-class Filler:
-    """Values for one schema from one material."""
-
-    def __init__(self, material: Material) -> None:
-        self.material = material
-        self.statements, self.style, self.comparison = material.statements, material.style, material.comparison
-        self._failed: list[str] = []
+    def __init__(
+        self,
+        statements: Sequence[Statement],
+        style: Style,
+        *,
+        question: str = "",
+        lines: dict[str, list[str]] | None = None,
+        code: str = "",
+        comparison: Comparison | None = None,
+        wanted: int = 0,
+        seed: str = "",
+    ) -> None:
+        self.statements, self.style, self.question = list(statements), style, question
+        self.lines, self.code, self.comparison = lines or {}, code, comparison
+        self.wanted, self.seed = wanted, seed
         self._defs: Schema = {}
 
     def fill(self, schema: Schema) -> Any:
@@ -158,9 +147,10 @@ class Filler:
     def _array(self, schema: Schema, name: str, meaning: str, index: int, depth: int) -> list[Any]:
         low, high = int(schema.get("minItems") or 0), schema.get("maxItems")
         items = self._resolved(schema.get("items") or {}, depth)
-        brief = self.material.brief
         if items.get("type", "string") == "string" and "enum" not in items and "const" not in items:
             lines = self._lines(name, meaning, index)
+            if self.wanted and not self.lines:
+                lines = lines[: self.wanted]
             more = max(0, low - len(lines))
             lines += [f"nothing else stated ({i + 1})" for i in range(more)]
             return [_fitted(line, items) for line in lines[:high]]
@@ -168,15 +158,10 @@ class Filler:
             choices = list(items["enum"])
             said = [c for c in choices if any(str(c).lower() in s.source.lower() for s in self.statements)]
             return (said or choices)[: max(low, 1) if not said else high][:high]
-        properties = items.get("properties", {})
-        if {"user", "assistant"} <= set(self._resolved(properties.get("role", {}), depth).get("enum", ())):
-            return self._conversation(items, low, high)
-        if brief.listed and "name" in properties:
-            return [self._judged(items, *row) for row in brief.listed]
-        count = brief.wanted or (low if depth >= MAX_DEPTH else max(low, min(MAX_OBJECTS, len(self.statements)), 1))
+        count = self.wanted or (low if depth >= MAX_DEPTH else max(low, min(MAX_OBJECTS, len(self.statements)), 1))
         if items.get("type") in ("number", "integer"):
             count = max(low, 1)
-        elif depth > 2 and not brief.wanted:
+        elif depth > 2 and not self.wanted:
             count = min(count, max(low, 2 if depth <= 4 else 1))  # 8 objects of 8 objects of 8 would be too much
         count = max(low, count if high is None else min(count, int(high)))
         return [self._value(items, _singular(name), i, depth + 1) for i in range(count)]
@@ -186,59 +171,17 @@ class Filler:
         low = schema["exclusiveMinimum"] + step if "exclusiveMinimum" in schema else schema.get("minimum", 0)
         usual = 1 if re.search(r"probability|confidence|similarity|fraction|\b0 (?:to|-) 1\b", meaning) else 10
         high = schema["exclusiveMaximum"] - step if "exclusiveMaximum" in schema else schema.get("maximum", usual)
-        share = self.comparison.overlap if self.comparison else 0.5 + draw(self.material.seed, meaning, str(index)) / 2
+        share = self.comparison.overlap if self.comparison else 0.5 + draw(self.seed, meaning, str(index)) / 2
         value = low + (max(low, high) - low) * share
         return round(value) if kind == "integer" else float(round(value, 4))
 
     def _boolean(self, name: str) -> bool:
         good = True
         if self.comparison is not None:
-            good = self.comparison.equivalent if self.material.alike else self.comparison.supported
-        elif re.search(r"self_contained|standalone", name):
-            good = not re.search(r"\b(?:this|the above)\b", self.material.question, re.I)
+            strict = re.search(r"equivalent|same|identical|preserv", name)
+            good = self.comparison.equivalent if strict else self.comparison.supported
         fault = _FAULT.search(name) and not re.match(r"no_|not_|non_|without_|free_of_", name)
         return good is not bool(fault)
-
-    def _judged(self, items: Schema, name: str, meaning: str) -> dict[str, Any]:
-        """One row of a rubric: whether a criterion holds, and the words that show it best."""
-        said = {term.lower() for statement in self.statements for term in statement.terms}
-        wanted = [statement for statement in reading.read(meaning, "prose") if statement.terms]
-        if self.comparison is not None and re.search(r"\bfacts?\b|states nothing|contradict", meaning):
-            holds = self.comparison.supported
-        elif "applies" in meaning or "shows" in meaning:
-            terms = {term.lower() for statement in wanted for term in statement.terms}
-            holds = len(terms & said) >= 0.4 * len(terms)
-        else:
-            holds = draw(self.material.seed, name) >= _DOUBT
-        if not holds:
-            self._failed.append(name)
-        best = answering.relevant(f"{name} {meaning}", self.statements, 1) if self.statements else []
-        quote = best[0].source if best else ""
-        values: dict[str, Any] = {"name": name, "quote": quote, "evidence": quote}
-        row = {}
-        for key, schema in items.get("properties", {}).items():
-            kind = self._resolved(schema, 0).get("type")
-            row[key] = holds if kind == "boolean" else values.get(key, quote if kind == "string" else None)
-        return row
-
-    def _conversation(self, items: Schema, low: int, high: Any) -> list[dict[str, str]]:
-        """Turns of user and assistant in turn, as many as the instruction asks for."""
-        material = self.material
-        least, most = material.brief.messages
-        if not most:
-            least, most = max(low, 2), int(high or max(low, 4))
-        count = least + 2 * int(draw(material.seed, "turns") * ((most - least) // 2 + 1))
-        turns = dialogue.conversation(
-            count - count % 2,
-            self.statements,
-            question=material.given.get("question", ""),
-            answer=material.given.get("answer", ""),
-            topic=material.brief.topic,
-            apply=material.brief.listed if material.brief.topic else (),
-            seed=material.seed,
-        )
-        other = next((key for key in items.get("properties", {}) if key != "role"), "content")
-        return [{"role": ("user", "assistant")[i % 2], other: turn} for i, turn in enumerate(turns)]
 
     def _choice(self, options: list[Any], name: str, index: int) -> Any:
         if {"user", "assistant"} <= set(options):
@@ -255,82 +198,54 @@ class Filler:
             for option in words:
                 if option.lower() in said:
                     return option
-        return options[int(draw(self.material.seed, name, str(index)) * len(options))]
+        return options[int(draw(self.seed, name, str(index)) * len(options))]
 
     # ------------------------------------------------------------ by meaning
 
     def _lines(self, name: str, meaning: str, index: int) -> list[str]:
-        material, low = self.material, name.lower()
-        brief = material.brief
+        low = name.lower()
         for key in ("implications", "steps", "points"):
-            if key in material.lines and (key in low or len(material.lines) == 1):
-                return list(material.lines[key])
-        options, least, most = brief.options(name)
-        if options:
-            count = least + int(draw(material.seed, name, str(index)) * (most - least + 1)) if most else len(options)
-            return self._chosen(options, max(1, count), index)
-        guide = brief.guides.get(name, "")
-        if "names" in guide and brief.listed:
-            return [listed for listed, _ in brief.listed]
-        if "empty when" in guide or re.search(r"issue|problem|error", low):
-            return [f"{failed} does not hold." for failed in self._failed]
-        if re.search(r"keyword|tag|topic|term|entit|name|categor", low):
-            lines = list(dict.fromkeys(keyword(s) for s in self.statements))[:MAX_OBJECTS]
-        elif "question" in low:
-            lines = [_question(s, 0) for s in self.statements[:MAX_OBJECTS]]
-        elif re.search(r"quote|evidence|span|sentence|citation", low):
-            lines = [s.source for s in answering.relevant(material.question, self.statements)]
-        else:
-            lines = [answering.sentence(s, self.style) for s in self.statements]
-        most = brief.bounds(name)[1] or brief.wanted
-        return lines[:most] if most else lines
-
-    def _chosen(self, options: list[str], count: int, index: int) -> list[str]:
-        """The options that the statement at hand speaks of, then others, in the order they were given."""
-        said = self._at(index).source.lower() if self.statements else ""
-        order = sorted(options, key=lambda o: (o.lower() not in said, draw(self.material.seed, o, str(index))))
-        chosen = order[:count]
-        return [option for option in options if option in chosen]
-
-    def _at(self, index: int) -> Statement:
-        return self.statements[index % len(self.statements)]
+            if key in self.lines and (key in low or len(self.lines) == 1):
+                return list(self.lines[key])
+        if re.search(r"keyword|tag|topic|term|entit|name", low):
+            return list(dict.fromkeys(_keyword(s) for s in self.statements))[:MAX_OBJECTS]
+        if "question" in low:
+            return [_question(s) for s in self.statements[:MAX_OBJECTS]]
+        if re.search(r"quote|evidence|span|sentence|citation", low):
+            return [s.source for s in answering.relevant(self.question, self.statements)]
+        return [answering.sentence(s, self.style) for s in self.statements]
 
     def _string(self, name: str, meaning: str, index: int) -> str:
-        material = self.material
-        if name in ("code", "program", "source_code", "snippet") and material.code:
-            return material.code
-        if re.search(r"reason|rationale|explanation|justification|feedback|comment", name):
-            if self._failed:
-                return f"Not all criteria hold: {', '.join(self._failed)}."
-            if self.comparison is not None:
-                return self.comparison.reason(one_way=not material.alike)
-        if "as given" in material.brief.guides.get(name, "") and material.brief.topic:
-            return material.brief.topic
+        if name in ("code", "program", "source_code", "snippet") and self.code:
+            return self.code
+        if re.search(r"reason|rationale|explanation|justification|feedback|comment", name) and self.comparison:
+            return self.comparison.reason()
         if not self.statements:
             return "The text says nothing about it."
-        statement = self._at(index)
+        statement = self.statements[index % len(self.statements)]
         if name == "language":
             return "en"
         if name in ("id", "key", "identifier"):
             return f"item-{index + 1}"
         if "question" in name or name in ("query", "prompt", "instruction"):
-            return _question(statement, index)
+            return _question(statement)
         if re.search(r"title|topic|subject|category|name|label|keyword|heading", name):
-            return keyword(statement)
+            return _keyword(statement)
         if re.search(r"quote|evidence|span|citation|passage|excerpt", name):
             return statement.source
         if re.search(r"summary|abstract|overview", name):
             return answering.summary(self.statements, self.style)
-        if index == 0 and not material.brief.wanted and re.search(r"answer|response|reply|output", name):
-            return " ".join(clean(s.source) for s in answering.relevant(material.question, self.statements))
-        return clean(statement.source)
+        if name in ("content", "message", "text") and index % 2 == 0:
+            return _question(statement)
+        if name in ("content", "message", "text"):
+            return answering.sentence(self.statements[(index - 1) % len(self.statements)], self.style)
+        if index == 0 and self.question and re.search(r"answer|response|reply|output", name):
+            found = answering.relevant(self.question, self.statements)
+            return " ".join(answering.sentence(s, self.style) for s in found)
+        return answering.sentence(statement, self.style)
 
 
-_FAULT = re.compile(
-    r"hallucinat|contradict|unsupported|invent|leak|missing|error|refus|differ|wrong|unsafe|violat|issue"
-)
-_DOUBT = 0.03
-"""Share of criteria nothing in the text decides that a judge calls not met."""
+_FAULT = re.compile(r"hallucinat|contradict|unsupported|invent|leak|missing|error|refus|differ|wrong|unsafe|violat")
 
 
 def _fitted(text: str, schema: Schema) -> str:
@@ -341,21 +256,17 @@ def _fitted(text: str, schema: Schema) -> str:
     return text if high is None else text[: int(high)]
 
 
-_QUESTIONS = (
-    "{what} does the text say about {about}?",
-    "What should somebody know about {about}?",
-    "What holds for {about}?",
-    "Which facts are known about {about}?",
-)
+def _question(statement: Statement) -> str:
+    """A question that the statement answers, and that does not give the answer away."""
+    plain = [t for t in statement.terms if t[0].isalpha() and t.lower() not in ("not", "never", "no", "cannot")]
+    number = any(term[0].isdigit() for term in statement.terms)
+    about = " ".join(plain[:5]) or "this"
+    return f"{'How much or how many' if number else 'What'} does the text say about {about}?"
 
 
-def _question(statement: Statement, index: int) -> str:
-    """A question that the statement answers, and that does not give the answer away; another one for another index."""
-    plain = [t for t in statement.terms if t[0].isalpha() and t.lower() not in reading.NEGATIONS]
-    what = "How much or how many" if any(statement.facts) and any(map(reading.is_number, statement.terms)) else "What"
-    start = index % max(1, len(plain) - 2)
-    about = " ".join(plain[start : start + 4]) or "it"
-    return _QUESTIONS[index % len(_QUESTIONS)].format(what=what, about=about)
+def _keyword(statement: Statement) -> str:
+    """The longest word of a statement."""
+    return max((t for t in statement.terms if t[0].isalpha()), key=len, default="text")
 
 
 def _singular(name: str) -> str:

@@ -91,7 +91,7 @@ def _generate(request: Request, model: str, fault: str, bad_share: float) -> Rep
     limit = config.get("maxOutputTokens") or 8192
     budget = (config.get("thinkingConfig") or {}).get("thinkingBudget")
     thoughts = 0 if budget == 0 else min(_THOUGHTS, limit)
-    answer = engine.answer(system, user, schema, model, limit - thoughts, bad_share)
+    answer = engine.answer(system, user, schema, model, limit - thoughts, bad_share, request.attempt)
     text, stop = stopped(answer.text, config.get("stopSequences"))
     reason = "MAX_TOKENS" if answer.truncated and stop is None else "STOP"
     if fault == "truncate":

@@ -95,8 +95,8 @@ _TOKEN = re.compile(r"\d+(?:[.,:]\d+)*|[^\W\d_]\w*(?:['’]\w+)?|_\w+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"”'’)]*\s+|\n+")
 _STARTS = frozenset(".!?:;\n\"“'‘(-*`–—")
 _DISCLAIMS = re.compile(
-    r"\b(?:do(?:es)? not (?:know|say|state|tell|cover)|don't know|says nothing|say nothing|nothing (?:on|about) (?:that|it)"
-    r"|no information|cannot (?:say|confirm|tell)|not (?:stated|covered|mentioned|known)|have nothing|without guessing)\b",
+    r"\b(?:do(?:es)? not (?:know|say|state|tell|cover)|don't know|says? nothing|nothing (?:on|about) (?:that|it)|"
+    r"no information|cannot (?:say|confirm|tell)|not (?:stated|covered|mentioned|known)|have nothing)\b",
     re.I,
 )
 
@@ -212,8 +212,8 @@ _VERBS = frozenset(
     "own pack parse pass pause pay perform pick place play point prefer prepare present preserve prevent print "
     "process produce promise protect prove provide publish pull push put raise reach read receive record reduce refer "
     "refuse reject release rely remain remove rename repeat replace report represent request require rerun reserve "
-    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run save say "
-    "scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip solve "
+    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run save "
+    "say scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip solve "
     "sort speak specify spend split stand start state stay stop store strip submit suit support survive switch take "
     "tell test throw tie track train transfer translate treat trim trust turn understand update upload use validate "
     "vary verify wait want warn weigh win work wrap write yield".split()

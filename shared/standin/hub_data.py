@@ -208,7 +208,7 @@ def _parquet(rows: list[dict[str, Any]], columns: Callable[[Any], Any] | None = 
         raise UnavailableError("this repository needs pyarrow: make setup") from None
     table = pa.Table.from_pylist(rows, schema=columns(pa) if columns else None)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="snappy", row_group_size=1000)
+    pq.write_table(table, buffer, compression="none", row_group_size=1000)
     return buffer.getvalue()
 
 

@@ -95,7 +95,7 @@ def _chat(request: Request, fault: str, bad_share: float) -> Reply:
     stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop")
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or 4096
     reasoning = _reasoning(body, body.get("reasoning_effort"), limit)
-    done = _complete(body, system, user, schema, limit - reasoning, stops, fault, bad_share)
+    done = _complete(body, system, user, schema, limit - reasoning, stops, fault, bad_share, request.attempt)
     message: dict[str, Any] = {"role": "assistant", "content": done.text, "refusal": None}
     reason = "length" if done.truncated else "stop"
     if fault == "refuse":
@@ -128,7 +128,7 @@ def _responses(request: Request, fault: str, bad_share: float) -> Reply:
     schema = schema_or_none(form.get("schema")) if form.get("type") == "json_schema" else None
     limit = body.get("max_output_tokens") or 4096
     reasoning = _reasoning(body, (body.get("reasoning") or {}).get("effort"), limit)
-    done = _complete(body, system, user, schema, limit - reasoning, None, fault, bad_share)
+    done = _complete(body, system, user, schema, limit - reasoning, None, fault, bad_share, request.attempt)
     content: dict[str, Any] = {"type": "output_text", "text": done.text, "annotations": []}
     if fault == "refuse":
         content = {"type": "refusal", "refusal": _REFUSAL}
@@ -186,10 +186,11 @@ def _complete(
     stops: list[str] | None,
     fault: str,
     bad_share: float,
+    attempt: str,
 ) -> _Done:
     if fault == "refuse":
         return _Done("", False)
-    answer = engine.answer(system, user, schema, body["model"], max(0, limit), bad_share)
+    answer = engine.answer(system, user, schema, body["model"], max(0, limit), bad_share, attempt)
     text, stop = stopped(answer.text, stops)
     if fault == "truncate":
         return _Done(text[: len(text) // 2], True)

@@ -78,7 +78,7 @@ class Cloud:
             self.log.write(request, Reply(0, b"", fault=str(error)), written=False)
             if incoming.transport is not None:
                 incoming.transport.abort()
-            raise ConnectionResetError from None
+            return Response()  # goes nowhere
         return await self._send(incoming, request, reply)
 
     async def _send(self, incoming: BaseRequest, request: Request, reply: Reply) -> Response:
@@ -94,6 +94,8 @@ class Cloud:
             await response.prepare(incoming)
             await response.write_eof()
             written = incoming.transport is not None and not incoming.transport.is_closing()
+        except ConnectionError:  # the client has gone; the log says so
+            pass
         finally:
             self.log.write(request, reply, written=written)
         return response
@@ -105,7 +107,8 @@ class Cloud:
         if request.method == "POST":
             if wait := self.caps[api].wait_s(time.monotonic()):
                 return self._limited(request, api, wait, "rate")
-            found = settings.faults.decide(request.path, request.body, request.headers.get("x-standin-fault", ""))
+            asked = request.body + request.attempt.encode()
+            found = settings.faults.decide(request.path, asked, request.headers.get("x-standin-fault", ""))
             if found.transport:
                 return await self._failed(request, api, found.transport)
             fault = found.content

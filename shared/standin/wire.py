@@ -53,10 +53,15 @@ class Request:
             raise RefusedError(400, "the body must be a JSON object")
         return value
 
+    @property
+    def attempt(self) -> str:
+        """Which repetition of an equal question this is; ``""`` for the first. Real services take no notice of it."""
+        return self.headers.get("x-synthmill-attempt", "")
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the body in hex."""
-        return hashlib.sha256(self.body).hexdigest()
+        """SHA-256 of the body in hex; of the body and the attempt when there is one."""
+        return hashlib.sha256(self.body + self.attempt.encode()).hexdigest()
 
     @cached_property
     def id(self) -> str:

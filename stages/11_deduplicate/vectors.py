@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def write_unit_vectors(parquet: Path, keys: Sequence[str | None], file: Path) ->
         for key in keys
     ]
     out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(len(keys), dimensions))
-    for batch in table.iter_batches(BATCH, columns=["key", "vector"]):
+    for batch in _batches(table, parquet):
         for at, key in enumerate(batch.column("key").to_pylist()):
             rows = wanted.pop(key, [])
             if rows:
@@ -55,6 +55,20 @@ def write_unit_vectors(parquet: Path, keys: Sequence[str | None], file: Path) ->
                     problems[row] = problem
     out.flush()
     return dimensions, problems
+
+
+def _batches(table: Any, parquet: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    try:
+        yield from table.iter_batches(BATCH, columns=["key", "vector"])
+    except (pa.ArrowException, OSError) as error:
+        raise SettingsError(f"{shown(parquet)} cannot be read: {error}", _mend(parquet)) from None
+
+
+def _mend(parquet: Path) -> str:
+    records = shown(parquet.with_suffix(".jsonl"))
+    return f"rm {records}; make {records}"
 
 
 def _unit(column: Any, at: int, dimensions: int) -> tuple[Any, Problem | None]:
@@ -80,13 +94,13 @@ def _open(parquet: Path) -> tuple[Any, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    mend = f"make {shown(parquet.with_suffix('.jsonl'))}"
+    mend = _mend(parquet)
     if not parquet.exists():
         raise SettingsError(f"no vectors at {shown(parquet)}: 10 embed writes them beside its records", mend)
     try:
         table = pq.ParquetFile(parquet)
         schema: Mapping[str, Any] = {field.name: field.type for field in table.schema_arrow}
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise SettingsError(f"{shown(parquet)} is not a parquet file: {error}", mend) from None
     kind: Any = schema.get("vector", pa.null())
     if "key" not in schema or not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import Counter
 from itertools import groupby
@@ -586,7 +587,8 @@ def test_what_cannot_be_had_is_said_before_anything_is_read(
     assert what in error.value.what and mend in error.value.mend
 
 
-def test_an_url_that_is_a_command_is_not_run(tmp_path: Path) -> None:
+def test_an_url_that_is_a_command_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "file:ext")  # not even where somebody has allowed it
     command = tmp_path / "command"
     command.write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")
     command.chmod(0o755)
@@ -607,7 +609,7 @@ def test_a_limit_on_one_file_spreads_what_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "many"
     path.mkdir()
     (path / "a.py").write_text("\n\n".join(FUNCTION.replace("clamp", f"clamp_{n}") for n in range(20)))
-    (path / "b.py").write_text(FUNCTION)
+    (path / "b.py").write_text(f"{FUNCTION}\n\n{FUNCTION}\n\n{FUNCTION}")  # one text three times is one draw
     run_git(path, "init", "-q")
     run_git(path, "add", "-A")
     run_git(path, "commit", "-qm", "x")
@@ -861,6 +863,11 @@ def test_paragraphs_are_joined_to_size_and_what_is_left_joins_the_last() -> None
     assert "\n\n".join(piece.text for piece in found) == "\n\n".join(paragraphs)
 
 
+def test_what_would_make_a_passage_too_long_is_not_joined() -> None:
+    found = passages(f"A short one.\n\n{'word ' * 70}", least=20, most=360)
+    assert [(piece.reason, len(piece.text)) for piece in found] == [("too_short", 12), ("", 349)]
+
+
 def test_a_paragraph_that_is_too_long_or_too_short_is_a_reject() -> None:
     found = passages(f"{'word ' * 100}\n\nTiny.", least=20, most=400)
     assert [(piece.reason, piece.text) for piece in found] == [("too_long", ""), ("too_short", "Tiny.")]
@@ -926,7 +933,7 @@ def test_documents_that_are_not_there_are_an_error_unless_optional(tmp_path: Pat
         documents.read(documents_source(f"{tmp_path}/*.md"), acquire(tmp_path))
     context = acquire(tmp_path)
     assert list(documents.read(documents_source(f"{tmp_path}/*.md", optional=True), context)) == []
-    assert context.notes["texts"]["absent"] == [f"{tmp_path}/*.md"]
+    assert context.notes["texts"]["absent"] == f"{tmp_path}/*.md"
 
 
 # ---------------------------------------------------------------- claude.ai exports
@@ -1106,6 +1113,23 @@ def test_a_zip_that_is_no_export_or_a_bomb_is_refused(tmp_path: Path, data: byte
         exported(tmp_path / "data.zip", tmp_path, max_megabytes=2)
 
 
+def test_files_that_are_small_each_are_too_much_together(tmp_path: Path) -> None:
+    for name in ("conversations-000", "conversations-001"):
+        (tmp_path / f"{name}.zip").write_bytes(zipped(conversations_json="[" + " " * 1_500_000 + "]"))
+    with pytest.raises(SettingsError, match="above 2 MB once unpacked"):
+        exported(tmp_path, tmp_path, max_megabytes=2)
+
+
+def test_a_bomb_is_not_unpacked_first(tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(zipped(conversations_json=b" " * 60_000_000))
+    tracemalloc.start()
+    with pytest.raises(SettingsError, match="once unpacked"):
+        exported(tmp_path / "data.zip", tmp_path, max_megabytes=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
 def test_names_in_a_zip_are_only_names(tmp_path: Path) -> None:
     folder = tmp_path / "inside"
     folder.mkdir()
@@ -1257,6 +1281,7 @@ HUB = (
     hub_source("stack", "bigcode/the-stack", '"the-stack"', "code")
     + hub_source("dolly", DOLLY, '"dolly"')
     + hub_source("oasst", OASST, '"oasst1"', sizes="{ min_chars = 1 }")
+    + hub_source("validation", OASST, '"oasst1"', split='"validation"', sizes="{ min_chars = 1 }")
     + hub_source(
         "own", DOLLY, QUESTIONS, only='{ category = ["closed_qa"] }', shuffle_rows="0", sizes="{ min_chars = 9 }"
     )
@@ -1302,13 +1327,16 @@ def test_hub_rows_keep_their_licence_place_and_category(hub_run: HubRun) -> None
 
 
 def test_deleted_rejected_and_foreign_messages_are_no_candidates(hub_run: HubRun) -> None:
-    rows = oasst_rows()[:-4]  # the last four are the validation split
+    rows = oasst_rows()
     asked = [row for row in rows if row["role"] == "prompter"]
-    wanted = [row for row in asked if row["lang"] == "en" and not row["deleted"] and row["review_result"] is not False]
-    assert len(wanted) < len(asked) < len(rows)
+    english = [row for row in asked if row["lang"] == "en"]
+    there = [row for row in english if not row["deleted"]]
+    wanted = [row for row in there if row["review_result"] is not False]
+    assert len(rows) > len(asked) > len(english) > len(there) > len(wanted)
     records, summary = hub_run
-    assert sorted(record.text for record in records["oasst"]) == sorted(row["text"] for row in wanted)
-    assert summary["oasst"]["passed_over"] == len(rows) - len(wanted)
+    texts = [record.text for split in ("oasst", "validation") for record in records[split]]
+    assert sorted(texts) == sorted(row["text"] for row in wanted)
+    assert summary["oasst"]["passed_over"] + summary["validation"]["passed_over"] == len(rows) - len(wanted)
 
 
 def test_reading_stops_at_max_rows_and_says_so(hub_run: HubRun) -> None:

@@ -58,7 +58,7 @@ def read(source: Documents, acquire: Acquire) -> Candidates:
             f"source {source.name!r}: no file matches {', '.join(source.files)}",
             "put files there, correct files, or set optional = true",
         )
-    acquire.note(source, files=len(found), **({} if found else {"absent": list(source.files)}))
+    acquire.note(source, files=len(found), **({} if found else {"absent": ", ".join(source.files)}))
     return _candidates(source, {origin: found[origin] for origin in spread(found, acquire.seed)})
 
 
