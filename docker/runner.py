@@ -1,13 +1,13 @@
-"""Run one stage, in a container or natively: what every recipe of the Makefile calls.
+"""Run one stage, in a container or natively: what the recipes of the Makefile call.
 
     python docker/runner.py stages/02_merge/main.py --in ... --out ... --config ... --track ... --limit 0
 
-``RUNNER=native`` starts the script with this Python at once. ``RUNNER=docker`` runs it in a container that sees its code
-read-only, the directories and variables in :data:`STAGES` and nothing else. ``RUNNER=auto``, the default, is docker when
-an engine answers and the stage's image is built from today's pins (``make images``), else native, and says which once.
-A stage that needs this machine itself (MLX, a server on its loopback) runs natively whatever is asked.
+``RUNNER=native`` starts the script with this Python at once. ``RUNNER=docker`` runs it in a container that has the code
+read-only, what :data:`STAGES` says, and nothing else. ``RUNNER=auto``, the default, is docker when an engine answers and
+the stage's image is built from today's pins (``make images``), else native, and says so once. A stage that needs this
+machine itself (MLX, a server on its loopback) runs natively whatever is asked. ``DOCKER`` names another client.
 
-Every path is mounted at the place it has on this machine, so flags, messages and reports read the same either way.
+Every path is mounted where it is on this machine, so flags, messages and reports read the same either way.
 Standard library only: it starts with every stage.
 """
 
@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNNERS = ("auto", "docker", "native")
+PROBE_S = 10.0
+"""How long an engine may take to say whether it has an image; a healthy one takes 0.05 s."""
 
 # ---------------------------------------------------------------- the table: what each image and each stage gets
 
@@ -35,17 +38,19 @@ class Needs(NamedTuple):
 
     Attributes:
         image: key of :data:`IMAGES`.
-        network: whether it has one when ``APIS=live``. Never when mock: its stand-in runs inside the container.
-        variables: environment variables passed on when live. When mock, only :data:`STANDIN` ones are.
-        reads: paths of the repository mounted read-only, besides the code and ``--in``.
+        network: whether it has one when ``APIS=live``; when mock none has: the stand-in runs inside the container.
+        variables: environment variables passed on.
+        live: environment variables passed on when ``APIS=live`` only, secrets among them.
+        reads: paths of the repository mounted read-only, besides ``shared/``, ``stages/`` and ``--in``.
         cache: whether ``data/cache`` is mounted, to write.
-        memory: limit, as ``docker run --memory`` takes it; the memory file system /tmp counts towards it.
+        memory: limit, as ``docker run --memory`` takes it; what lies in /tmp counts.
         pids: limit of processes and threads.
     """
 
     image: str
     network: bool = False
     variables: tuple[str, ...] = ()
+    live: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     cache: bool = False
     memory: str = "4g"
@@ -57,6 +62,7 @@ IMAGES = {
     "data": Image(("core", "llm", "data", "embed", "tracing"), system="git"),
 }
 
+STANDIN = ("STANDIN_FAULTS", "STANDIN_RATE", "STANDIN_LATENCY_S", "STANDIN_BAD_SHARE")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
 TRACING = (
     "LOGFIRE_TOKEN",
@@ -65,10 +71,8 @@ TRACING = (
     "OTEL_EXPORTER_OTLP_HEADERS",
     "TRACE_TEXT",
 )
-NETWORKED = (*PROXIES, *TRACING)
 HUB = ("HF_TOKEN", "HF_ENDPOINT")
 MODELS = (
-    "BUDGET_USD",
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_BASE_URL",
     "OPENAI_API_KEY",
@@ -76,16 +80,29 @@ MODELS = (
     "GEMINI_API_KEY",
     "GOOGLE_API_KEY",
     "GOOGLE_GEMINI_BASE_URL",
-    *NETWORKED,
 )
-ASKING = Needs("llm", network=True, variables=MODELS, cache=True, memory="2g")
+ASKING = Needs(
+    "llm",
+    network=True,
+    variables=("BUDGET_USD", *STANDIN),
+    live=(*MODELS, *PROXIES, *TRACING),
+    cache=True,
+    memory="2g",
+)
 OFFLINE = Needs("data")
 
 STAGES = {
-    "01_acquire": Needs("data", network=True, variables=(*HUB, *NETWORKED), reads=("data/inputs",), cache=True),
-    "02_merge": OFFLINE._replace(memory="8g"),
-    "03_compress": Needs(
-        "data", network=True, variables=(*HUB, *MODELS, "ENDPOINT_API_KEY"), reads=("models",), cache=True
+    "01_acquire": Needs(
+        "data",
+        network=True,
+        variables=("GIT_ALLOW_PROTOCOL", *STANDIN),
+        live=(*HUB, *PROXIES, *TRACING),
+        reads=("data/inputs",),
+        cache=True,
+    ),
+    "02_merge": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
+    "03_compress": ASKING._replace(
+        image="data", live=(*ASKING.live, *HUB, "ENDPOINT_API_KEY"), reads=("models",), memory="4g"
     ),
     "04_validate": ASKING,
     "05_extract_qa": ASKING._replace(reads=("data/inputs",)),
@@ -94,21 +111,20 @@ STAGES = {
     "08_pattern": ASKING._replace(reads=("data/inputs",)),
     "09_judge": ASKING,
     "10_embed": ASKING._replace(image="data", memory="4g"),
-    "11_deduplicate": OFFLINE._replace(memory="8g"),
+    "11_deduplicate": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
     "12_choose": OFFLINE,
     "13_format": OFFLINE,
 }
-STANDIN = ("STANDIN_FAULTS", "STANDIN_RATE", "STANDIN_LATENCY_S", "STANDIN_BAD_SHARE", "BUDGET_USD")
-"""Passed on when mock, to the stages that have a network when live."""
+
 STANDIN_NETWORK, STANDIN_INSIDE = "synthmill-standin", "http://standin:8080"
-"""Network and address of the stand-in of ``docker/compose.yaml``, for containers on that network."""
+"""The private network of ``docker/compose.yaml``, and the stand-in's address for containers on it."""
 
 
-# ---------------------------------------------------------------- which one
+# ---------------------------------------------------------------- which runner
 
 
 def main(arguments: list[str]) -> int:
-    """Run the stage; its exit code. Does not return when it runs natively."""
+    """Run the stage; its exit code. Does not return when the stage runs natively."""
     runner = os.environ.get("RUNNER", "").strip() or "auto"
     if runner == "native":
         natively(arguments)
@@ -138,43 +154,31 @@ def choose(runner: str, arguments: list[str]) -> int:
     from shared import apis
     from shared.errors import SettingsError
 
-    script, flags = os.path.abspath(arguments[0]), parsed(arguments[1:])
-    stage = os.path.basename(os.path.dirname(script))
+    flags = parsed(arguments)
     if not flags.out or not flags.config:
-        natively(arguments)  # --help, or a usage error: the script's own to say
+        natively(arguments)  # --help, or a usage error: the script's to say
     mode = apis.decide()
-    if stage not in STAGES:
-        reason = f"docker/runner.py says nothing about {stage}"
-    elif reason := only_here(stage, flags.config, mode):
-        say(flags.out, f"{stage} runs natively: {reason}", once=False)
+    if flags.stage not in STAGES:
+        raise SettingsError(f"docker/runner.py says nothing about {flags.stage}", "add its line to STAGES there")
+    here = only_here(flags, mode)
+    lacking = "" if here and runner == "docker" else lacks(STAGES[flags.stage].image)
+    if lacking and runner == "docker":
+        raise SettingsError(f"RUNNER=docker, but {lacking}", "make images, or RUNNER=native")
+    if lacking:
+        say_once(flags.out, f"runner: native, {lacking}; `make images` sets up containers, RUNNER=native is silent")
         natively(arguments)
-    else:
-        reason = missing(STAGES[stage].image)
-    if reason and runner == "docker":
-        raise SettingsError(f"RUNNER=docker, but {reason}", "make images, or RUNNER=native")
-    if reason:
-        say(flags.out, f"runner: native ({reason}); `make images` sets up the other, RUNNER=native is silent")
+    if here:
+        print(f"{flags.stage} runs natively: {here}", file=sys.stderr)
         natively(arguments)
-    say(flags.out, "runner: docker; RUNNER=native for the other")
-    name = f"synthmill-{stage}-{os.getpid()}"
-    environment = variables(stage, mode)
-    command = [client(), "run", "--name", name, *options(stage, flags, mode, environment)]
-    command += [reference(STAGES[stage].image), "python", script, *arguments[1:]]
-    code = attend(command, os.environ | environment, name)
-    if code == 137:
-        limit = STAGES[stage].memory
-        print(
-            f"error: {stage} was killed: by hand, or for using more than {limit} of memory; its previous output is untouched\n"
-            f"  next: run the same command; if it happens again, raise the memory of {stage} in docker/runner.py (and of "
-            "Docker Desktop), or RUNNER=native",
-            file=sys.stderr,
-        )
-    return code
+    say_once(flags.out, "runner: docker; RUNNER=native for the other")
+    return contained(flags, mode, arguments)
 
 
 class Flags(NamedTuple):
-    """The flags of a stage that name files, as absolute paths; ``""`` for one that is not given."""
+    """What the runner wants to know of a command: the script, its stage, and files as absolute paths, ``""`` for none."""
 
+    script: str
+    stage: str
     input: str
     out: str
     config: str
@@ -182,42 +186,41 @@ class Flags(NamedTuple):
 
 def parsed(arguments: list[str]) -> Flags:
     """Only what is mounted is looked at; the stage's own parser judges the rest."""
-    values = dict.fromkeys(("--in", "--out", "--config"), "")
-    for place, argument in enumerate(arguments):
+    script = os.path.abspath(arguments[0])
+    files = dict.fromkeys(("--in", "--out", "--config"), "")
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
-        if name in values:
-            given = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-            values[name] = os.path.abspath(given) if given else ""
-    return Flags(*values.values())
+        if name in files:
+            files[name] = os.path.abspath(value if equals else following) if value or following else ""
+    return Flags(script, os.path.basename(os.path.dirname(script)), *files.values())
 
 
-def only_here(stage: str, config: str, mode: str) -> str:
+def only_here(flags: Flags, mode: str) -> str:
     """Why a stage must run on this machine itself; ``""`` when it need not."""
-    if os.environ.get("ENGINE", "").strip() == "ray":
-        return "ENGINE=ray: a container without a network cannot reach the cluster"
-    settings = loaded(config)
-    if stage == "03_compress":
-        if settings.get("generator") == "mlx":
+    needs, settings = STAGES[flags.stage], loaded(flags.config)
+    if "ENGINE" in needs.variables and os.environ.get("ENGINE", "").strip() == "ray":
+        return "ENGINE=ray needs a network, and its container has none"
+    if flags.stage == "03_compress":
+        generator = settings.get("generator")
+        if generator == "mlx":
             return "MLX needs this machine's GPU"
-        if settings.get("generator") == "endpoint" and is_loopback(settings.get("endpoint", {}).get("base_url", "")):
-            return "its endpoint is on this machine's loopback"
-    if mode == "mock" and STAGES[stage].network and os.environ.get("STANDIN_URL") and not standin_container():
-        return "STANDIN_URL is on this machine's loopback"
-    if mode == "live" and STAGES[stage].network:
-        for name in STAGES[stage].variables:
-            if name.endswith(("_BASE_URL", "_ENDPOINT")) and is_loopback(os.environ.get(name, "")):
-                return f"{name} is on this machine's loopback"
-    return ""
+        if generator == "endpoint" and is_loopback(settings.get("endpoint", {}).get("base_url", "")):
+            return "the endpoint is on this machine's loopback"
+    if mode == "mock":
+        url = os.environ.get("STANDIN_URL") if needs.network else ""
+        return "STANDIN_URL is on this machine's loopback" if url and not standin_is_contained() else ""
+    urls = (name for name in needs.live if name.endswith(("_BASE_URL", "_ENDPOINT")))
+    return next((f"{name} is on this machine's loopback" for name in urls if is_loopback(os.environ.get(name))), "")
 
 
 def is_loopback(url: object) -> bool:
-    """Whether a URL's host is this machine, as a container could not reach it."""
+    """Whether a URL's host is this machine, which a container could not reach by that name."""
     host = str(url).partition("://")[2].partition("/")[0].rpartition("@")[2]
     return host.startswith(("127.", "localhost", "[::1]"))
 
 
-def loaded(config: str) -> dict[str, object]:
-    """The settings, to see what to mount; ``{}`` for a file the stage itself will complain about."""
+def loaded(config: str) -> dict[str, Any]:
+    """The settings, to see what they need; ``{}`` for a file the stage itself will complain about."""
     import tomllib
 
     try:
@@ -227,21 +230,268 @@ def loaded(config: str) -> dict[str, object]:
         return {}
 
 
-def say(out: str, line: str, once: bool = True) -> None:
-    """Print a line; once for all stages of one ``make``, however many run at a time."""
+def say_once(out: str, line: str) -> None:
+    """Print a line, once for all stages of one ``make``, however many run at a time."""
     import fcntl
 
     directory = os.path.dirname(os.path.dirname(out))
-    make = f"{os.getppid()} {line}" if "MAKELEVEL" in os.environ else ""
+    make = f"{os.getppid()} {line}\n"
     try:
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, ".runner"), "a+", encoding="utf-8") as said:
             fcntl.flock(said, fcntl.LOCK_EX)
             said.seek(0)
-            if once and make and said.read() == make:
+            if "MAKELEVEL" in os.environ and said.read() == make:
                 return
             said.truncate(0)
             said.write(make)
     except OSError:
-        pass  # then it is said again; what is wrong with the directory is the stage's to say
+        pass  # what is wrong with the directory is the stage's to say
     print(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def client() -> str:
+    """The Docker client; podman's is not tried."""
+    return os.environ.get("DOCKER", "").strip() or "docker"
+
+
+def asked(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and message of a client's command; 127 when there is no client."""
+    import subprocess
+
+    try:
+        done = subprocess.run([client(), *arguments], capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except FileNotFoundError:
+        return 127, "", "not installed"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 126, "", str(error)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def reference(image: str) -> str:
+    """``synthmill-<image>:<hash of all it is built from, the base excepted>``: never ``latest``, never an older build."""
+    import hashlib
+
+    groups, system = IMAGES[image]
+    digest = hashlib.sha256(f"{groups} {system}".encode())
+    for name in ("Dockerfile", *(f"requirements/{group}.txt" for group in ("uv", *groups))):
+        with open(os.path.join(ROOT, "docker", name), "rb") as file:
+            digest.update(hashlib.sha256(file.read()).digest())
+    return f"synthmill-{image}:{digest.hexdigest()[:12]}"
+
+
+def lacks(image: str) -> str:
+    """Why an image cannot be run; ``""`` when it can."""
+    code, _, message = asked("image", "inspect", "--format", "{{.Id}}", reference(image))
+    if code == 0:
+        return ""
+    if code == 127:
+        return "Docker is not installed"
+    if "no such image" in message.lower():
+        return f"the image {reference(image)} is not built"
+    return f"no Docker engine answers ({next(iter(message.splitlines()), 'it said nothing')})"
+
+
+def standin_is_contained() -> bool:
+    """Whether the stand-in of ``docker/compose.yaml`` is up: then its network is there."""
+    return asked("network", "inspect", STANDIN_NETWORK)[0] == 0
+
+
+def user() -> str:
+    """Who the stage is inside: you, so that its files are yours. A rootless engine maps its root to you."""
+    if "rootless" in asked("info", "--format", "{{.SecurityOptions}}")[1]:
+        return "0:0"
+    return f"{os.getuid()}:{os.getgid()}"
+
+
+# ---------------------------------------------------------------- the container
+
+
+def contained(flags: Flags, mode: str, arguments: list[str]) -> int:
+    """Run the stage in a container; its exit code."""
+    needs = STAGES[flags.stage]
+    name = f"synthmill-{flags.stage}-{os.getpid()}"
+    environment = variables(flags, mode)
+    command = [
+        *(client(), "run", "--rm", "--init", "--name", name, "--pull", "never", "--log-driver", "none"),
+        *("--user", user(), "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+        *("--tmpfs", "/tmp:rw,nosuid,nodev,noexec,mode=1777"),
+        *("--memory", needs.memory, "--memory-swap", needs.memory, "--pids-limit", str(needs.pids)),
+        *("--network", network(needs, environment), "--workdir", ROOT),
+    ]
+    for path, writable in mounts(flags, mode).items():
+        command += ["--mount", mount(path, writable)]
+    for variable in environment:
+        command += [
+            "--env",
+            variable,
+        ]  # the value travels in the client's environment, not on a command line others see
+    command += [reference(needs.image), "python", flags.script, *arguments[1:]]
+    code = attend(command, os.environ | environment, name)
+    if code == 137:
+        print(
+            f"error: {flags.stage} was killed: by hand, or for more than {needs.memory} of memory; its previous output is "
+            f"untouched\n  next: run the same command; if it dies again, raise the memory of {flags.stage} in "
+            "docker/runner.py, or RUNNER=native",
+            file=sys.stderr,
+        )
+    return code
+
+
+def network(needs: Needs, environment: Mapping[str, str]) -> str:
+    """The network of the container: none unless the stage has one and there is somewhere to go."""
+    if not needs.network:
+        return "none"
+    if environment["APIS"] == "mock":
+        return STANDIN_NETWORK if "STANDIN_URL" in environment else "none"
+    return "bridge"
+
+
+def variables(flags: Flags, mode: str) -> dict[str, str]:
+    """The environment of the container, besides what the image sets."""
+    needs = STAGES[flags.stage]
+    names = (*needs.variables, *(needs.live if mode == "live" else ()))
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    found |= {"APIS": mode, "PYTHONPATH": ROOT, "SYNTHMILL_REVISION": revision()}
+    if needs.cache:
+        found["HF_HOME"] = os.path.join(cache(flags), "huggingface")
+    if mode == "mock" and needs.network and os.environ.get("STANDIN_URL"):
+        found["STANDIN_URL"] = STANDIN_INSIDE
+    return found
+
+
+def revision() -> str:
+    """What the stage would find out itself if it had git and the repository."""
+    from subprocess import run
+
+    try:
+        command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except Exception:  # no git, no repository, no answer: all the same here
+        return "unknown"
+
+
+def mount(path: str, writable: bool) -> str:
+    """One ``--mount``: CSV, so a path with a comma or a quote is quoted."""
+    fields = ["type=bind", f"source={path}", f"target={path}", *([] if writable else ["readonly"])]
+    return ",".join('"' + field.replace('"', '""') + '"' if set(field) & set(',"') else field for field in fields)
+
+
+def mounts(flags: Flags, mode: str) -> dict[str, bool]:
+    """Directories and files the container sees, and whether it may write there; makes those it writes to.
+
+    ``shared/`` and ``stages/`` are the code; one stage may read another's settings and prompts.
+    """
+    needs, run_directory = STAGES[flags.stage], os.path.dirname(os.path.dirname(flags.out))
+    mark = os.path.join(run_directory, ".apis")
+    writes = [os.path.dirname(flags.out)]
+    if not os.path.exists(mark):
+        writes = [
+            run_directory
+        ]  # the first stage of a run leaves its mark there; later ones see it and their track only
+    if needs.cache:
+        writes.append(cache(flags))
+    if flags.stage == "01_acquire":
+        writes.append(os.path.join(ROOT, "data", "cache", "git"))
+    for directory in (*writes, os.path.dirname(flags.out)):
+        os.makedirs(directory, exist_ok=True)
+    reads = [os.path.join(ROOT, name) for name in ("shared", "stages", *needs.reads)]
+    reads += [mark, flags.config, *beside(flags.input)]
+    if flags.stage == "01_acquire":
+        reads += sources(loaded(flags.config))
+    if mode == "live" and (certificates := os.environ.get("SSL_CERT_FILE")) and needs.network:
+        reads.append(certificates)
+    seen: dict[str, bool] = {}
+    for path, writable in [*((path, True) for path in writes), *((path, False) for path in reads)]:
+        for place in dict.fromkeys((path, os.path.realpath(path))):  # a link, and where it points
+            if os.path.exists(place) and not any(is_in(place, other) for other in seen):
+                seen[place] = writable
+    return seen
+
+
+def is_in(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory + os.sep)
+
+
+def cache(flags: Flags) -> str:
+    """As :attr:`shared.stage.Stage.cache`."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(flags.out))), "cache")
+
+
+def beside(path: str) -> Iterator[str]:
+    """An input file and those of the same stem: its report, its vectors."""
+    if path:
+        directory, name = os.path.split(path)
+        stem = name.partition(".")[0] + "."
+        for entry in sorted(os.listdir(directory)) if os.path.isdir(directory) else []:
+            if entry.startswith(stem):
+                yield os.path.join(directory, entry)
+
+
+def sources(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What the sources of 01 read on this machine: files and folders they name, and repositories."""
+    for source in settings.get("sources", ()):
+        if source.get("kind") == "documents":
+            for pattern in source.get("files", ()):
+                yield os.path.join(ROOT, fixed_part(pattern))
+        elif source.get("kind") == "claude_export":
+            yield os.path.join(ROOT, source.get("path", ""))
+        elif source.get("kind") == "git":
+            url = str(source.get("url", ""))
+            place = url.removeprefix("file://")
+            if "://" not in place and os.path.isdir(os.path.join(ROOT, place)):
+                yield from repository(os.path.normpath(os.path.join(ROOT, place)), whole=url != ".")
+
+
+def fixed_part(pattern: str) -> str:
+    """The path before the first part with a wildcard."""
+    parts = pattern.split("/")
+    wild = next((place for place, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    return "/".join(parts[:wild])
+
+
+def repository(place: str, whole: bool) -> Iterator[str]:
+    """What git reads of a repository: the folder when ``whole``, else ``.git``; and where a worktree's or a shared
+    clone's objects lie."""
+    yield place if whole else os.path.join(place, ".git")
+    from subprocess import run
+
+    command = ["git", "-C", place, "rev-parse", "--path-format=absolute", "--git-dir", "--git-common-dir"]
+    for directory in dict.fromkeys(run(command, capture_output=True, text=True, check=False).stdout.splitlines()):
+        yield directory
+        try:
+            with open(os.path.join(directory, "objects", "info", "alternates"), encoding="utf-8") as file:
+                yield from (os.path.join(directory, "objects", line) for line in file.read().splitlines() if line)
+        except OSError:
+            pass
+
+
+def attend(command: list[str], environment: Mapping[str, str], name: str) -> int:
+    """Run the client to its end, handing each signal on once; its exit code.
+
+    The client is in a process group of its own: from the terminal's Ctrl-C it would get a second interrupt, and the
+    stage would be interrupted while it cleans up.
+    """
+    import signal
+    import subprocess
+
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+    handed_on = []
+
+    def hand_on(number: int, frame: object) -> None:
+        handed_on.append(number)
+        child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, hand_on)
+    code = child.wait()
+    if handed_on:  # a signal between create and start ends the client and leaves the container
+        subprocess.run([client(), "rm", "--force", name], capture_output=True, check=False)
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

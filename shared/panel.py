@@ -114,7 +114,8 @@ class Panel:
         self.models, self.members, self.tasks, self.prompts = models, members, tasks, prompts
         self.embedder, self.dimensions, self.max_tokens = embedder, dimensions, max_tokens
         self.threshold, self.judge = threshold, judge
-        models.require(*members, embedder, *([judge] if judge else []))
+        models.require(*members, *([judge] if judge else []))
+        models.require_embedder(embedder)
 
     async def compare(self, domain: Domain, verbose: str, compressed: str) -> Verdicts | Unjudged:
         """The panel's verdicts on one pair, or why there is none."""

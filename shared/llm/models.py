@@ -113,6 +113,18 @@ class Models:
             check_key(self._provider(model.partition("/")[0]))
             self._required.add(model)
 
+    def require_embedder(self, model: str) -> OpenAI:
+        """As :meth:`require`, for a model that makes vectors.
+
+        Raises:
+            SettingsError: the provider has no embeddings we speak.
+        """
+        self.require(model)
+        provider = self._provider(model.partition("/")[0])
+        if not isinstance(provider, OpenAI):
+            raise SettingsError(f"embeddings come from openai/ or endpoint/ models, got {model!r}", "edit the settings")
+        return provider
+
     # -- many, in order
 
     def map(
@@ -373,9 +385,7 @@ class Models:
             BudgetError, KeyMissingError, ProviderError: as :meth:`ask`; ProviderError also for a text it refuses.
         """
         assert model in self._required, f"{self.stage} must call models.require({model!r}) first"
-        provider = self._provider(model.partition("/")[0])
-        if not isinstance(provider, OpenAI):
-            raise SettingsError(f"embeddings come from openai/ or endpoint/ models, got {model!r}", "edit the settings")
+        provider = self.require_embedder(model)
         name = model.partition("/")[2]
         keys = [request_key({"model": name, "dimensions": dimensions, "text": t}, model, "", 0, 0) for t in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if self.store.vector(key) is None}

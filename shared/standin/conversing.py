@@ -37,7 +37,7 @@ from shared.standin.dialogues import (
     with_echo,
     with_statement,
 )
-from shared.standin.grammar import Asked, Fact, capital, fact_of, questions, rearranged, states, terms, unsupported
+from shared.standin.grammar import Asked, Fact, capital, fact_of, questions, rearranged, stems, terms, unsupported
 from shared.standin.rewriting import draw
 
 EXTRACTION_FAULTS = {
@@ -252,8 +252,8 @@ def validate(chunk: str, question: str, given: str) -> dict[str, Any]:
     new = unsupported(given, chunk)
     supported = not new
     turned = bool(new) and all(words == ["not"] for _, words in new)
-    leans = bool(_LEANS.search(question) or _LEANS.search(given)) or not states(question)
-    complete = _is_complete(question, given, chunk)
+    leans = bool(_LEANS.search(question) or _LEANS.search(given)) or not stems(question)
+    complete = leans or _is_complete(question, given, chunk)
     reasons = [f"the chunk does not say {', '.join(words[:4])!r}" for _, words in new if not turned]
     reasons += ["the answer turns a statement of the chunk round"] if turned else []
     reasons += ["the question cannot be understood without the chunk"] if leans else []
@@ -269,14 +269,13 @@ def validate(chunk: str, question: str, given: str) -> dict[str, Any]:
 
 def _is_complete(question: str, given: str, chunk: str) -> bool:
     """Whether the answer says something, has a figure when one is asked for, and is about what was asked."""
-    said = states(given)
+    said = stems(given)
     if len(said) < 2:
         return False
     wants_figure = re.search(r"\bhow (?:many|much|long|often)\b|\bwhich figure\b|\bwhat number\b", question, re.I)
     if wants_figure and re.search(r"\d", chunk) and not any(term.stem[0].isdigit() for term in terms(given)):
         return False
-    wanted = states(question)
-    return not wanted or bool(wanted & said)
+    return bool(stems(question) & said)
 
 
 # ---------------------------------------------------------------- dialogues

@@ -136,8 +136,8 @@ _ASKING = {
         "Allow me to ask: {q}", "My question is as follows. {q}",
     ),
     "casual": (
-        "so, {q}", "hey, {q}", "just wondering, {q}", "ok so {q}", "{q} Any idea?", "any chance you know: {q}",
-        "tell me: {q}", "well, {q}", "{q} I keep forgetting.", "dumb question, but {q}",
+        "so, {l}", "hey, {l}", "just wondering, {l}", "ok so {l}", "{q} Any idea?", "any chance you know: {q}",
+        "tell me: {q}", "well, {l}", "{q} I keep forgetting.", "dumb question, but {l}",
     ),
     "technical": (
         "For the specification: {q}", "Regarding the exact behaviour: {q}", "To be precise: {q}",
@@ -168,7 +168,7 @@ _REACTIONS = {
     ),
 }  # fmt: skip
 _NEXT = (
-    "And {q}", "One more thing: {q}", "Related: {q}", "While we are at it: {q}", "Next point. {q}", "Then {q}",
+    "And {l}", "One more thing: {q}", "Related: {q}", "While we are at it: {q}", "Next point. {q}", "Then {l}",
     "Another one: {q}", "And what about this: {q}", "That leads me to the next question. {q}", "Also: {q}",
     "Last thing on my list: {q}", "And to go a little deeper: {q}", "Something close to it: {q}", "What else: {q}",
 )  # fmt: skip
@@ -217,7 +217,7 @@ _LEADS = {
     ),
     "sales": (
         "What you get:", "For you this means:", "Here is what it does for you:", "The benefit in plain words:",
-        "This is what your team can count on:", "What it gives you, no more and no less:", "Here is the good part:",
+        "This is what your team can count on:", "What it gives you:", "Here is the good part:",
         "What matters for you:", "In terms of what you gain:", "This works in your favour:",
     ),
 }  # fmt: skip
@@ -280,8 +280,8 @@ INVENTED = (
 _DIGRESSIONS = (
     "By the way, which bakery near the harbour has the best cinnamon rolls?",
     "Completely unrelated, did your football club win yesterday evening?",
-    "Before I forget, what should I cook for six guests on Saturday?",
-    "Different topic, is the train to Vienna running despite the snow?",
+    "Before I forget, what should I cook for my guests on Saturday evening?",
+    "Different topic, is the train to Vienna late because of all that snow?",
     "Random thought, do penguins sleep standing up during winter storms?",
 )
 _DEFLECTED = ("I cannot say.", "That I do not know.", "I have nothing on that.")
@@ -348,7 +348,9 @@ class Dialogue:
     # ------------------------------------------------------------ exchanges
 
     def _open(self) -> None:
-        question = self.dice.pick(_ASKING.get(self.plan.style, _PLAIN_ASKING)).format(q=self.plan.question)
+        question = self.dice.pick(_ASKING.get(self.plan.style, _PLAIN_ASKING)).format(
+            q=self.plan.question, l=lowered(self.plan.question)
+        )
         contexts = _CONTEXTS.get(self.plan.persona) or [line.format(persona=self.plan.persona) for line in _SOMEBODY]
         context = self.dice.pick(contexts) if self.dice.share() < 0.85 else ""
         mood = self.dice.pick(_MOODS[self.mood])
@@ -380,7 +382,7 @@ class Dialogue:
         return " ".join(filter(None, (lead, statement, closer)))
 
     def _follow_up(self, question: str) -> str:
-        asked = self.dice.pick(_NEXT).format(q=question)
+        asked = self.dice.pick(_NEXT).format(q=question, l=lowered(question))
         reaction = self.dice.pick(_REACTIONS[self.mood]) if self.dice.share() < 0.8 else ""
         return " ".join(filter(None, (reaction, asked)))
 
@@ -515,7 +517,7 @@ def stock(plan: Order, dice: Dice) -> Turns:
     fact, fixed = fact_of(entry), Dice(plan.chunk, "stock")
     asked = fixed.pick(questions(fact, section)[:3])
     lead = fixed.pick([*_CONTEXTS["developer"], *_CONTEXTS["operations"]])
-    user = f"{lead} {dice.pick(_SMALL_WORDS).capitalize()}: {asked.text}"
+    user = f"{lead} {dice.pick(_SMALL_WORDS).capitalize()}: {asked.text} Answer {dice.pick(_SMALL_WORDS)}."
     answer = " ".join([fixed.pick(_LEADS["helpful"]), fact.text, *(fact_of(line).text for line in context)])
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     for thanks, welcome in _COURTESIES[: plan.exchanges - 1]:

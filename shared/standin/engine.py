@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from shared.standin import answering, reading
+from shared.standin import answering, conversing, reading
 from shared.standin.filling import Filler
 from shared.standin.reading import Kind
 from shared.standin.rewriting import rewrite
@@ -73,6 +73,8 @@ def answer(
 def _answer(system: str, user: str, schema: dict[str, Any] | None, model: str, bad_share: float, attempt: str) -> str:
     if schema is None and (source := _to_rewrite(system, user)) is not None:
         return rewrite(source, bad_share)
+    if schema is not None and (written := conversing.answer(system, user, schema, model, attempt)) is not None:
+        return written
     asked = _understand(system, user)
     if schema is None:
         return _plain(asked, model)

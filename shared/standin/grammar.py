@@ -174,7 +174,8 @@ def _turned(sentence: str, source: str) -> str:
     said = states(sentence)
     if len(said) < 3:
         return ""
-    denied, best, matched = _negations(sentence), 0.0, 0
+    body = sentence.rpartition(": ")[2] if len(states(sentence.rpartition(": ")[2])) >= 3 else sentence
+    denied, best, matched = _negations(body), 0.0, 0
     for other in sentences(source):
         theirs = states(other)
         shared = len(said & theirs) / len(said | theirs) if theirs else 0.0
@@ -212,8 +213,8 @@ _VERBS = frozenset(
     "own pack parse pass pause pay perform pick place play point prefer prepare present preserve prevent print "
     "process produce promise protect prove provide publish pull push put raise reach read receive record reduce refer "
     "refuse reject release rely remain remove rename repeat replace report represent request require rerun reserve "
-    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run save "
-    "say scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip solve "
+    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run "
+    "save say scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip solve "
     "sort speak specify spend split stand start state stay stop store strip submit suit support survive switch take "
     "tell test throw tie track train transfer translate treat trim trust turn understand update upload use validate "
     "vary verify wait want warn weigh win work wrap write yield".split()
@@ -366,7 +367,7 @@ def lowered(text: str, known: Iterable[str] = ()) -> str:
     """The text with a small first letter, unless its first word is a name, an acronym or code."""
     first, _, rest = text.partition(" ")
     plain = first.rstrip(",")
-    if not plain[1:].islower() and len(plain) > 1:
+    if plain == "I" or (len(plain) > 1 and not plain[1:].islower()):
         return text
     small = first[:1].lower() + first[1:]
     # A capital at the start of a sentence says nothing; in doubt it is no name.

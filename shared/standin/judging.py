@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.standin.dialogues import Dice
-from shared.standin.grammar import alike, sentences, states, unsupported
+from shared.standin.grammar import alike, sentences, states, stems, unsupported
 from shared.standin.rewriting import draw
 
 MISQUOTED_SHARE = 0.02
@@ -48,7 +48,7 @@ _FILLER = re.compile(
 )
 _FENCE = re.compile(r"```(\w*)\n(.*?)```", re.S)
 _TURN = re.compile(r"(?:\A|\n\n)(system|user|assistant): ", re.I)
-_CURT = re.compile(r"\s*(?:yes|no|it does|it does not|right|correct|sure|ok)\b[\s\w]{0,12}[.!]?\s*", re.I)
+_CURT = re.compile(r"\s*(?:yes|no|it does|it does not|right|correct|sure|ok)\b[\s\w,]{0,12}[.!]?\s*", re.I)
 
 
 @dataclass
@@ -161,20 +161,18 @@ def _natural(case: Case) -> Verdict:
         for place, turn in enumerate(turns):
             if not turn:
                 return Verdict(False, "", "a turn is empty")
-            for other in turns[:place]:
-                if turn == other or (len(turn.split()) > 5 and alike(turn, other) >= REPEATED):
+            for other in turns[:place] if len(turn.split()) > 3 else ():
+                if alike(turn, other) >= REPEATED:
                     return Verdict(False, turn[:200], "a turn repeats another")
     return Verdict(bool(case.users and case.assistants), case.best(), "a speaker says nothing")
 
 
 def _on_topic(case: Case) -> Verdict:
-    """A turn that says a lot, and nothing of what the conversation is about, is off the topic."""
-    about = states(case.facts) if case.facts else states(case.said)
-    for turn in case.users:
-        for sentence in sentences(turn):
-            said = states(sentence)
-            if len(said) >= 5 and sentence.endswith("?") and not said & about:
-                return Verdict(False, sentence, f"{sentence[:60]!r} is about something else")
+    """An exchange in which the user says a lot about something else, and the assistant nothing about the facts, is off."""
+    about = stems(case.facts or case.said)
+    for turn, reply in zip(case.users, case.assistants, strict=False):
+        if len(states(turn)) >= 4 and not stems(turn) & about and not states(reply) & about:
+            return Verdict(False, reply[:200], f"{turn[:60]!r} is about something else")
     return Verdict(True, case.best())
 
 

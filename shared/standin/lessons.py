@@ -167,7 +167,7 @@ class Lesson:
         self.family = _closest(matter["families"], order.topic, dice)
         self.snippet = _closest(matter["snippets"], order.topic, dice)
         self.later = dice.order(self.family["later"])
-        self.verdicts, self.reasons = dice.order(self.family["verdict"]), dice.order(self.family["reason"])
+        self.verdicts = dice.order(list(zip(self.family["verdict"], self.family["reason"], strict=True)))
         self.asides = dice.order(_LAST_SAID)
 
     def write(self, exchanges: int, shown: Sequence[tuple[str, str]]) -> Turns:
@@ -186,7 +186,7 @@ class Lesson:
         parts = []
         if place == 0:
             user = self._filled(self.dice.pick(self.family["opening"]))
-            parts.append(f"{capital(self._filled(self.verdicts.pop()))} {self.reasons.pop()}")
+            parts.append(self._next())
         elif place == exchanges - 1 and place > code_at:
             user = self.dice.pick(_LAST_ASKED)
             parts.append(self.asides.pop())
@@ -203,9 +203,7 @@ class Lesson:
 
     def _next(self) -> str:
         """What has not been said yet."""
-        if self.verdicts and self.reasons:
-            return f"{capital(self._filled(self.verdicts.pop()))} {self.reasons.pop()}"
-        return self.asides.pop()
+        return capital(self._filled(" ".join(self.verdicts.pop()))) if self.verdicts else self.asides.pop()
 
     def _filled(self, text: str) -> str:
         topic = self.order.topic

@@ -17,9 +17,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
@@ -46,6 +46,15 @@ class Params(Settings):
     seed: int = 0
     concurrency: int = Field(4, ge=1)
     max_tokens: int = Field(1024, ge=64)
+
+    @model_validator(mode="after")
+    def _tasks_there_are(self) -> Params:
+        for domain in get_args(Domain):
+            if not self.tasks.get(domain):
+                raise ValueError(f"tasks.{domain}: at least one of {', '.join(TASKS)} is needed")
+        if unknown := {task for tasks in self.tasks.values() for task in tasks} - set(TASKS):
+            raise ValueError(f"tasks: there is no {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
+        return self
 
 
 def subset(path: Path, limit: int, seed: int) -> set[str] | None:
@@ -151,7 +160,8 @@ def main(stage: Stage[Params]) -> None:
         threshold=p.threshold,
         judge=p.judge,
     )
-    chosen = subset(stage.input, p.limit, p.seed) if stage.input else None
+    there = stage.input is not None and stage.input.exists()  # else reading says what is missing
+    chosen = subset(stage.input, p.limit, p.seed) if stage.input and there else None
 
     # -- process
     async def verdicts_on(pair: Pair) -> Verdicts | Unjudged | None:

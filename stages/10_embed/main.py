@@ -86,7 +86,7 @@ def embedder(stage: Stage[Params]) -> Callable[[list[Item]], Coroutine[Any, Any,
             return [hashed_ngrams(record.content(), p.dimensions) for record in batch]
 
         return local
-    stage.models.require(p.model)
+    stage.models.require_embedder(p.model)
 
     async def hosted(batch: list[Item]) -> Vectors:
         return await stage.models.embed(p.model, [record.content() for record in batch], p.dimensions)

@@ -20,6 +20,7 @@ from exports import write_dataset, write_format
 from formats import FORMATS
 from pydantic import Field, model_validator
 
+from shared.errors import SettingsError
 from shared.records import AnyItem, Example, Item, Split, content_id
 from shared.stage import ROOT, Settings, Stage, run
 from shared.stats import track_table
@@ -72,10 +73,20 @@ def example(record: Item, system: str, user: str, params: Params) -> Example:
     )
 
 
+def prompt(stage: Stage[Params], path: Path | None) -> str:
+    """The text of a prompt file, relative to the repository; ``""`` for none."""
+    if path is None:
+        return ""
+    try:
+        return (ROOT / path).read_text("utf-8")
+    except OSError as error:
+        raise SettingsError(f"the prompt {path} cannot be read: {error.strerror}", f"edit {stage.config}") from None
+
+
 def main(stage: Stage[Params]) -> None:
     # -- load
     p = stage.params
-    system, user = ((ROOT / path).read_text("utf-8") if path else "" for path in (p.system_prompt, p.user_prompt))
+    system, user = prompt(stage, p.system_prompt), prompt(stage, p.user_prompt)
 
     # -- process
     examples = []
