@@ -28,21 +28,29 @@ TRACKS := compression grounded patterns
 PATTERNS := topics.toml patterns.toml profile.md
 LOCKS  := $(GROUPS:%=docker/requirements/%.txt)
 
+# `make clean RUN=` would remove all of data/, RUN=cache the paid answers.
+ifneq ($(words $(RUN))-$(filter-out $(RUNS),$(RUN)),1-)
+$(error RUN must be one of $(RUNS), got '$(RUN)')
+endif
+
 # out: the paths of one stage's output, for every run, for these tracks
 out = $(foreach run,$(RUNS),$(foreach track,$(2),data/$(run)/$(track)/$(1).jsonl))
 # stage: run one stage script on the target at hand
 stage = $(PY) stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
+# made: a file whose name is the variables that decide what a run holds; with other values there is no such file, so the
+# run is made again from its first stage (and pays only for what was never asked)
+made = data/$(1)/.limit-$(LIMIT)-facts-$(subst /,_,$(FACTS))
 # again: `make stageN` runs that one stage although its output is up to date
 again = $(if $(filter stage$(1),$(MAKECMDGOALS)),FORCE)
 # first: what the first stage of a track waits for: a full run begins with preflight
-first = $(if $(filter full/%,$(1)),preflight)
+first = $(if $(filter full/%,$(1)),preflight-full)
 prompts = $(foreach name,$(2),stages/$(1)/prompts/$(name).txt)
 code    = $(foreach name,main $(2),stages/$(1)/$(name).py)
 
 # ------------------------------------------------------------------------------------------------ stages
 
 $(call out,01_acquire,compression): data/%/01_acquire.jsonl: \
-    stages/01_acquire/$$(*D).toml \
+    stages/01_acquire/$$(*D).toml $$(call made,$$(*D)) \
     $(call code,01_acquire,extract licences prose $(addprefix sources/,__init__ claude_export documents git huggingface package)) \
     $$(call again,1) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,01_acquire,)
@@ -63,7 +71,7 @@ $(call out,04_validate,compression): data/%/04_validate.jsonl: \
 	$(call stage,04_validate,$<)
 
 $(call out,05_extract_qa,grounded): data/%/05_extract_qa.jsonl: \
-    $(FACTS) stages/05_extract_qa/$$(*D).toml $(call code,05_extract_qa,facts) \
+    $(FACTS) $$(call made,$$(*D)) stages/05_extract_qa/$$(*D).toml $(call code,05_extract_qa,facts) \
     $(call prompts,05_extract_qa,system extract) $$(call again,5) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,05_extract_qa,$<)
 
@@ -78,7 +86,7 @@ $(call out,07_converse,grounded): data/%/07_converse.jsonl: \
 	$(call stage,07_converse,$<)
 
 $(call out,08_pattern,patterns): data/%/08_pattern.jsonl: \
-    stages/08_pattern/$$(*D).toml $(call code,08_pattern,dealing) $(addprefix stages/08_pattern/,$(PATTERNS)) \
+    stages/08_pattern/$$(*D).toml $$(call made,$$(*D)) $(call code,08_pattern,dealing) $(addprefix stages/08_pattern/,$(PATTERNS)) \
     $(call prompts,08_pattern,system pattern) $$(call again,8) | $$(@D)/. .venv/.setup $$(call first,$$*)
 	$(call stage,08_pattern,)
 
@@ -114,10 +122,13 @@ $(call out,13_format,$(TRACKS)): data/%/13_format.jsonl: \
 %/.:
 	mkdir -p $@
 .PRECIOUS: %/.
+$(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
+	rm -f $(@D)/.limit-*
+	touch $@
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean
+.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean
 .PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13
 
 trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys, no money (APIS=mock)
@@ -154,8 +165,9 @@ lint: .venv/.setup ## ruff and mypy
 	$(PY) -m mypy shared docker/lock.py tests
 	set -e; for stage in stages/*/; do MYPYPATH=$$stage:. $(PY) -m mypy $$stage/main.py; done
 
-preflight: .venv/.setup ## everything RUN needs before anything is spent: keys, models, inputs, disk, budget
-	$(PY) -m shared.preflight --run $(RUN)
+preflight: preflight-$(RUN) ## everything RUN needs before anything is spent: keys, models, inputs, disk, budget
+$(RUNS:%=preflight-%): preflight-%: .venv/.setup
+	$(PY) -m shared.preflight --run $*
 estimate: .venv/.setup ## calls, tokens and dollars of RUN per stage, low / expected / high; spends nothing
 	$(PY) -m shared.estimate --run $(RUN)
 stats: .venv/.setup ## what RUN kept, rejected and spent, by stage, provider, model and day

@@ -3,10 +3,10 @@
     python docker/images.py            # all
     python docker/images.py llm
 
-An image's tag is the hash of what it is built from, so a change of a pin makes another image; ``.images/NAME.iid`` holds
-its id, ``.images/NAME.packages.txt`` every package in it. Settings, all from the environment: ``BASE_IMAGE`` (a tag is
-resolved to its digest first), ``PACKAGE_INDEX`` (its URL, a build secret), ``DOCKER`` (the client; it needs BuildKit),
-``DOCKER_BUILD_FLAGS`` (more flags, for example ``--network host``).
+An image's tag is the hash of what it is built from, so a change of a pin makes another image; ``.images/NAME.iid``
+holds its id, ``.images/NAME.packages.txt`` every package in it. Settings, all from the environment: ``BASE_IMAGE`` (a
+tag is resolved to its digest first), ``PACKAGE_INDEX`` (its URL, a build secret), ``DOCKER`` (the client; it needs
+BuildKit), ``DOCKER_BUILD_FLAGS`` (more flags, for example ``--network host``).
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python docker/runner.py stages/02_merge/main.py --in ... --out ... --config ... --track ... --limit 0
 
 ``RUNNER=native`` starts the script with this Python at once. ``RUNNER=docker`` runs it in a container that has the code
-read-only, what :data:`STAGES` says, and nothing else. ``RUNNER=auto``, the default, is docker when an engine answers and
-the stage's image is built from today's pins (``make images``), else native, and says so once. A stage that needs this
-machine itself (MLX, a server on its loopback) runs natively whatever is asked. ``DOCKER`` names another client.
+read-only, what :data:`STAGES` says, and nothing else. ``RUNNER=auto``, the default, is docker when an engine answers
+and the stage's image is built from today's pins (``make images``), else native, and says so once. A stage that needs
+this machine itself (MLX, a server on its loopback) runs natively whatever is asked. ``DOCKER`` names another client.
 
 Every path is mounted where it is on this machine, so flags, messages and reports read the same either way.
 Standard library only: it starts with every stage.
@@ -80,6 +80,7 @@ MODELS = (
     "GEMINI_API_KEY",
     "GOOGLE_API_KEY",
     "GOOGLE_GEMINI_BASE_URL",
+    "ENDPOINT_API_KEY",
 )
 ASKING = Needs(
     "llm",
@@ -101,9 +102,7 @@ STAGES = {
         cache=True,
     ),
     "02_merge": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
-    "03_compress": ASKING._replace(
-        image="data", live=(*ASKING.live, *HUB, "ENDPOINT_API_KEY"), reads=("models",), memory="4g"
-    ),
+    "03_compress": ASKING._replace(image="data", live=(*ASKING.live, *HUB), reads=("models",), memory="4g"),
     "04_validate": ASKING,
     "05_extract_qa": ASKING._replace(reads=("data/inputs",)),
     "06_validate_qa": ASKING,
@@ -112,7 +111,7 @@ STAGES = {
     "09_judge": ASKING,
     "10_embed": ASKING._replace(image="data", memory="4g"),
     "11_deduplicate": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
-    "12_choose": OFFLINE,
+    "12_choose": OFFLINE._replace(variables=("ENGINE",)),
     "13_format": OFFLINE,
 }
 
@@ -142,6 +141,7 @@ def main(arguments: list[str]) -> int:
 
 def natively(arguments: list[str]) -> None:
     """Become the script, with the Python that runs this one."""
+    os.environ.setdefault("PYTHONPATH", ROOT)  # as make sets it, for whoever calls this by hand
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
@@ -163,7 +163,7 @@ def choose(runner: str, arguments: list[str]) -> int:
     here = only_here(flags, mode)
     lacking = "" if here and runner == "docker" else lacks(STAGES[flags.stage].image)
     if lacking and runner == "docker":
-        raise SettingsError(f"RUNNER=docker, but {lacking}", "make images, or RUNNER=native")
+        raise SettingsError(f"RUNNER=docker, but {lacking}", "start Docker and `make images`, or RUNNER=native")
     if lacking:
         say_once(flags.out, f"runner: native, {lacking}; `make images` sets up containers, RUNNER=native is silent")
         natively(arguments)
@@ -175,7 +175,7 @@ def choose(runner: str, arguments: list[str]) -> int:
 
 
 class Flags(NamedTuple):
-    """What the runner wants to know of a command: the script, its stage, and files as absolute paths, ``""`` for none."""
+    """What a command names: the script, its stage, and files as absolute paths, ``""`` for one not given."""
 
     script: str
     stage: str
@@ -201,10 +201,10 @@ def only_here(flags: Flags, mode: str) -> str:
     if "ENGINE" in needs.variables and os.environ.get("ENGINE", "").strip() == "ray":
         return "ENGINE=ray needs a network, and its container has none"
     if flags.stage == "03_compress":
-        generator = settings.get("generator")
+        generator, endpoint = settings.get("generator"), settings.get("endpoint")
         if generator == "mlx":
             return "MLX needs this machine's GPU"
-        if generator == "endpoint" and is_loopback(settings.get("endpoint", {}).get("base_url", "")):
+        if generator == "endpoint" and isinstance(endpoint, dict) and is_loopback(endpoint.get("base_url")):
             return "the endpoint is on this machine's loopback"
     if mode == "mock":
         url = os.environ.get("STANDIN_URL") if needs.network else ""
@@ -272,7 +272,7 @@ def asked(*arguments: str) -> tuple[int, str, str]:
 
 
 def reference(image: str) -> str:
-    """``synthmill-<image>:<hash of all it is built from, the base excepted>``: never ``latest``, never an older build."""
+    """``synthmill-<image>:<hash>`` of all it is built from but the base: never ``latest``, never an older build."""
     import hashlib
 
     groups, system = IMAGES[image]
@@ -312,9 +312,23 @@ def user() -> str:
 
 def contained(flags: Flags, mode: str, arguments: list[str]) -> int:
     """Run the stage in a container; its exit code."""
-    needs = STAGES[flags.stage]
     name = f"synthmill-{flags.stage}-{os.getpid()}"
     environment = variables(flags, mode)
+    command = [*container(flags, mode, environment, name), "python", flags.script, *arguments[1:]]
+    code = attend(command, os.environ | environment, name)
+    if code == 137:
+        print(
+            f"error: {flags.stage} was killed: by hand, or for more than {STAGES[flags.stage].memory} of memory; its "
+            f"previous output is untouched\n  next: run the same command; if it dies again, raise the memory of "
+            f"{flags.stage} in docker/runner.py, or RUNNER=native",
+            file=sys.stderr,
+        )
+    return code
+
+
+def container(flags: Flags, mode: str, environment: Mapping[str, str], name: str) -> list[str]:
+    """The client's command up to the image: what runs in it follows."""
+    needs = STAGES[flags.stage]
     command = [
         *(client(), "run", "--rm", "--init", "--name", name, "--pull", "never", "--log-driver", "none"),
         *("--user", user(), "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
@@ -325,20 +339,8 @@ def contained(flags: Flags, mode: str, arguments: list[str]) -> int:
     for path, writable in mounts(flags, mode).items():
         command += ["--mount", mount(path, writable)]
     for variable in environment:
-        command += [
-            "--env",
-            variable,
-        ]  # the value travels in the client's environment, not on a command line others see
-    command += [reference(needs.image), "python", flags.script, *arguments[1:]]
-    code = attend(command, os.environ | environment, name)
-    if code == 137:
-        print(
-            f"error: {flags.stage} was killed: by hand, or for more than {needs.memory} of memory; its previous output is "
-            f"untouched\n  next: run the same command; if it dies again, raise the memory of {flags.stage} in "
-            "docker/runner.py, or RUNNER=native",
-            file=sys.stderr,
-        )
-    return code
+        command += ["--env", variable]  # its value travels in the client's environment: a command line is no secret
+    return [*command, reference(needs.image)]
 
 
 def network(needs: Needs, environment: Mapping[str, str]) -> str:
@@ -356,7 +358,7 @@ def variables(flags: Flags, mode: str) -> dict[str, str]:
     names = (*needs.variables, *(needs.live if mode == "live" else ()))
     found = {name: os.environ[name] for name in names if os.environ.get(name)}
     found |= {"APIS": mode, "PYTHONPATH": ROOT, "SYNTHMILL_REVISION": revision()}
-    if needs.cache:
+    if "HF_TOKEN" in needs.live:
         found["HF_HOME"] = os.path.join(cache(flags), "huggingface")
     if mode == "mock" and needs.network and os.environ.get("STANDIN_URL"):
         found["STANDIN_URL"] = STANDIN_INSIDE
@@ -387,11 +389,8 @@ def mounts(flags: Flags, mode: str) -> dict[str, bool]:
     """
     needs, run_directory = STAGES[flags.stage], os.path.dirname(os.path.dirname(flags.out))
     mark = os.path.join(run_directory, ".apis")
-    writes = [os.path.dirname(flags.out)]
-    if not os.path.exists(mark):
-        writes = [
-            run_directory
-        ]  # the first stage of a run leaves its mark there; later ones see it and their track only
+    # The first stage of a run leaves its mark there; later ones see the mark, and of the run their own track only.
+    writes = [os.path.dirname(flags.out) if os.path.exists(mark) else run_directory]
     if needs.cache:
         writes.append(cache(flags))
     if flags.stage == "01_acquire":
@@ -433,32 +432,34 @@ def beside(path: str) -> Iterator[str]:
 
 def sources(settings: Mapping[str, Any]) -> Iterator[str]:
     """What the sources of 01 read on this machine: files and folders they name, and repositories."""
-    for source in settings.get("sources", ()):
-        if source.get("kind") == "documents":
-            for pattern in source.get("files", ()):
-                yield os.path.join(ROOT, fixed_part(pattern))
-        elif source.get("kind") == "claude_export":
-            yield os.path.join(ROOT, source.get("path", ""))
-        elif source.get("kind") == "git":
-            url = str(source.get("url", ""))
-            place = url.removeprefix("file://")
-            if "://" not in place and os.path.isdir(os.path.join(ROOT, place)):
-                yield from repository(os.path.normpath(os.path.join(ROOT, place)), whole=url != ".")
+    tables = settings.get("sources")
+    for source in tables if isinstance(tables, list) else ():
+        if not isinstance(source, dict):
+            continue
+        for pattern in source.get("files", ()):
+            yield from matched(os.path.normpath(os.path.join(ROOT, str(pattern))))
+        if "path" in source:
+            yield os.path.normpath(os.path.join(ROOT, str(source["path"])))
+        place = os.path.normpath(os.path.join(ROOT, str(source.get("url", "")).removeprefix("file://")))
+        if source.get("kind") == "git" and os.path.isdir(place):
+            yield from repository(place)
 
 
-def fixed_part(pattern: str) -> str:
-    """The path before the first part with a wildcard."""
-    parts = pattern.split("/")
-    wild = next((place for place, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
-    return "/".join(parts[:wild])
+def matched(pattern: str) -> Iterator[str]:
+    """The folder above the first wildcard; where this repository is in that folder, only the files that match."""
+    import glob
+
+    fixed = pattern
+    while glob.has_magic(fixed):
+        fixed = os.path.dirname(fixed)
+    yield from glob.iglob(pattern, recursive=True) if is_in(ROOT, fixed) else [fixed]
 
 
-def repository(place: str, whole: bool) -> Iterator[str]:
-    """What git reads of a repository: the folder when ``whole``, else ``.git``; and where a worktree's or a shared
-    clone's objects lie."""
-    yield place if whole else os.path.join(place, ".git")
+def repository(place: str) -> Iterator[str]:
+    """What git reads of a repository, and where a worktree's or a shared clone's objects lie; of this one, no files."""
     from subprocess import run
 
+    yield os.path.join(place, ".git") if place == ROOT else place
     command = ["git", "-C", place, "rev-parse", "--path-format=absolute", "--git-dir", "--git-common-dir"]
     for directory in dict.fromkeys(run(command, capture_output=True, text=True, check=False).stdout.splitlines()):
         yield directory
@@ -478,17 +479,19 @@ def attend(command: list[str], environment: Mapping[str, str], name: str) -> int
     import signal
     import subprocess
 
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-    handed_on = []
+    child: subprocess.Popen[bytes] | None = None
+    received = []
 
     def hand_on(number: int, frame: object) -> None:
-        handed_on.append(number)
-        child.send_signal(number)
+        received.append(number)
+        if child is not None:
+            child.send_signal(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, hand_on)
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
     code = child.wait()
-    if handed_on:  # a signal between create and start ends the client and leaves the container
+    if received:  # a signal between create and start ends the client and leaves the container
         subprocess.run([client(), "rm", "--force", name], capture_output=True, check=False)
     return 128 - code if code < 0 else code
 

@@ -14,30 +14,41 @@ from shared.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("mock", "live")
+STANDIN_KEYS = ("standin", "tml-standin")
 KEYS = ("ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "HF_TOKEN", "TINKER_API_KEY")
 
 
 def load_env(path: Path = ROOT / ".env") -> None:
-    """Put ``NAME=value`` lines of ``.env`` into the environment; what is set already wins."""
+    """Put ``NAME=value`` lines of ``.env`` into the environment; what is set already wins, but not what is set to "".
+
+    The Makefile exports its variables, so ``BUDGET_USD`` is always set there, and mostly empty.
+    """
     if not path.exists():
         return
     for line in path.read_text("utf-8").splitlines():
         name, separator, value = line.strip().removeprefix("export ").partition("=")
         if separator and name and not name.startswith("#") and value.strip():
-            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
+            name = name.strip()
+            os.environ[name] = os.environ.get(name, "").strip() or value.strip().strip("'\"")
 
 
 def decide() -> str:
     """``mock`` or ``live``.
 
     Raises:
-        SettingsError: ``APIS`` is set to something else.
+        SettingsError: ``APIS`` is set to something else, or it is ``live`` and a key is the stand-in's.
     """
     mode = os.environ.get("APIS", "").strip() or ("live" if (ROOT / ".env").exists() else "mock")
     if mode not in MODES:
         raise SettingsError(f"APIS must be one of {', '.join(MODES)}, got {mode!r}", "make trial APIS=mock")
     if mode == "live":
         load_env()
+        # Left in a shell by what `make mock` prints: its answers would be kept, and counted, as live ones.
+        if left := [name for name in KEYS if os.environ.get(name) in STANDIN_KEYS]:
+            raise SettingsError(
+                f"APIS=live, but {', '.join(left)} and the addresses set with it are the stand-in's",
+                "open a new shell (or unset what `make mock` printed), then run the same command",
+            )
     return mode
 
 

@@ -167,6 +167,8 @@ def _prepare() -> None:
     if os.environ.get("SYNTHMILL_CONNECTED") and "huggingface_hub" not in sys.modules:
         # What the stand-in says must never be found in the cache by a later live run, nor the other way round.
         os.environ["HF_HOME"] = cache = tempfile.mkdtemp(prefix="synthmill-hub-")
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"):
+            os.environ.pop(name, None)  # each would win over HF_HOME
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
 
 

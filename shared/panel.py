@@ -154,7 +154,9 @@ class Panel:
         a, b = full.parsed.text(), short.parsed.text()
         judged = None
         if self.judge:
-            prompt = self.prompts["judge"].replace("{a}", a).replace("{b}", b)
+            answers = {"a": a, "b": b}
+            # In one pass, so that an answer may say {b} itself, as code does.
+            prompt = re.sub(r"\{([ab])\}", lambda match: answers[match[1]], self.prompts["judge"])
             verdict = await self.models.ask(Request(model=self.judge, messages=chat("", prompt), response=Judgement))
             if verdict.problem:
                 return Unjudged(reason=verdict.problem, detail=f"judge {self.judge} on {task}: {verdict.detail}")

@@ -24,6 +24,13 @@ renamed only when ``planned = kept + rejected`` holds. The shape of a stage::
 
     if __name__ == "__main__":
         run(main, Params)
+
+A stage that makes something else than records (an adapter, a table, a repository) writes a *receipt* in their place::
+
+    models/trial/compression/14_train.rejects.jsonl, 14_train.report.json    as above
+    models/trial/compression/14_train.json                                   what was made, last
+
+It says ``run(main, Params, receipt=True)``, calls :meth:`Stage.write_receipt` once, and ``keep`` only counts.
 """
 
 from __future__ import annotations
@@ -45,7 +52,7 @@ import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +187,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(directory)
 
 
-def _replace_dir(new: Path, old: Path) -> None:
+def replace_dir(new: Path, old: Path) -> None:
     """Put a directory in the place of another; killed in between, the next run makes it again."""
     aside = old.with_name(f".{old.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
@@ -266,6 +273,7 @@ class Stage(Generic[P]):
         summary: what the stage wants to say in its report, by name.
         tables: lines the stage wants printed after its closing line.
         no_go: why the records must not go on although each is good; report and rejects are written, the output is not.
+        receipt: the output is one JSON object about what was made, not records.
     """
 
     name: str
@@ -283,6 +291,7 @@ class Stage(Generic[P]):
     summary: dict[str, Any] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     no_go: str = ""
+    receipt: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
     _sides: dict[str, Path] = field(default_factory=dict)
     _dirs: dict[str, Path] = field(default_factory=dict)
@@ -296,7 +305,8 @@ class Stage(Generic[P]):
     @property
     def cache(self) -> Path:
         """``data/cache``: replies, clones, generations; shared by all runs, safe to keep, dear to rebuild."""
-        return self.output.parent.parent.parent / "cache"
+        outputs = self.output.parent.parent.parent  # data/, or models/ beside it
+        return (outputs.parent / "data" if self.receipt else outputs) / "cache"
 
     # -- in
 
@@ -333,9 +343,15 @@ class Stage(Generic[P]):
     # -- out
 
     def keep(self, record: Record) -> None:
-        """The record goes on."""
-        self._out.write(record.line())
+        """The record goes on; in a stage that writes a receipt, it is used."""
+        if not self.receipt:
+            self._out.write(record.line())
         self.kept += 1
+
+    def write_receipt(self, receipt: bytes) -> None:
+        """Make this the output, when all else is in its place."""
+        assert self.receipt and not self._out.tell(), "once, and only in a stage run with receipt=True"
+        self._out.write(receipt)
 
     def reject(self, record: Record, reason: str, detail: str = "", match: str | None = None) -> None:
         """The record stops here, whole, with the reason."""
@@ -457,7 +473,7 @@ class Stage(Generic[P]):
                 os.fsync(file.fileno())
             os.replace(part, self.beside(suffix))
         for name, part in self._dirs.items():
-            _replace_dir(part, self.output.with_name(name))
+            replace_dir(part, self.output.with_name(name))
         with atomic(self.beside(".report.json")) as file:
             file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
         self._say(spending, seconds)
@@ -472,6 +488,7 @@ class Stage(Generic[P]):
                 f"{self.name}: no go: {self.no_go}",
                 f"look at {shown(self.beside('.report.json'))}, then mend the cause",
             )
+        assert not self.receipt or self._out.tell(), "a stage run with receipt=True writes one"
         os.replace(self._part(self.output), self.output)
         fd = os.open(self.output.parent, os.O_RDONLY)
         os.fsync(fd)
@@ -531,7 +548,7 @@ class Stage(Generic[P]):
             print(table, file=sys.stderr)
 
     def _discard(self) -> None:
-        suffixes = (".jsonl", ".rejects.jsonl", ".unreadable", ".report.json")
+        suffixes = (self.output.suffix, ".rejects.jsonl", ".unreadable", ".report.json")
         try:
             self._stack.close()  # on a full disk this fails as writing did
         finally:
@@ -544,15 +561,18 @@ class Stage(Generic[P]):
 # ---------------------------------------------------------------- running one
 
 
-def run(main: Callable[[Stage[P]], None], params: type[P]) -> NoReturn:
+def run(main: Callable[[Stage[P]], None], params: type[P], *, receipt: bool = False) -> NoReturn:
     """Parse the flags, load the settings, run ``main``, write the files, exit.
+
+    ``receipt``: the output is what :meth:`Stage.write_receipt` is given.
 
     Exit codes: 0 the files are whole; the error's own (see :mod:`shared.errors`) otherwise; 130 interrupted.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` in a script starts with it ignored
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # HUP: the terminal or the ssh connection is gone
+        signal.signal(ending, _interrupt)
     try:
-        stage = _from_flags(Path(sys.argv[0]).resolve(), params)
+        stage = _from_flags(Path(sys.argv[0]).resolve(), params, receipt)
         with _locked(stage.output):
             try:
                 with tracing.span("stage", stage=stage.name, run=stage.run, track=stage.track) as span:
@@ -565,7 +585,8 @@ def run(main: Callable[[Stage[P]], None], params: type[P]) -> NoReturn:
     except SynthmillError as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
-        print("\ninterrupted: every answer received is saved; the same command goes on from there", file=sys.stderr)
+        with suppress(OSError):
+            print("\ninterrupted: every answer received is saved; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno not in (28, 30, 13):  # no space, read-only file system, permission denied
@@ -590,22 +611,25 @@ def _complain(error: SynthmillError) -> int:
     return error.exit_code
 
 
-def _from_flags(script: Path, params: type[P]) -> Stage[P]:
+def _from_flags(script: Path, params: type[P], receipt: bool = False) -> Stage[P]:
     parser = argparse.ArgumentParser(prog=shown(script), description=sys.modules["__main__"].__doc__)
     parser.add_argument("--in", dest="input", type=Path, metavar="FILE", help="records to read; none for a first stage")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="data/<run>/<track>/NN_stage.jsonl")
+    out = "models/<run>/<track>/NN_stage.json" if receipt else "data/<run>/<track>/NN_stage.jsonl"
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help=out)
     parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="settings, TOML")
     parser.add_argument("--track", required=True, choices=TRACKS, help="kind of data")
     parser.add_argument("--limit", type=int, default=0, help="read at most this many records; 0 = all")
     flags = parser.parse_args()
     name = script.parent.name
+    flags.out = flags.out.resolve()  # run, track and the reply store are found from its directories
     if flags.limit < 0:
         raise SettingsError(f"--limit must be 0 (all) or more, got {flags.limit}", "use LIMIT=0")
     settings = load_settings(flags.config, params, flags.track)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     mode = apis.decide()
     _belongs(flags.out.parent.parent, mode)
-    return Stage(name, script, flags.input, flags.out, flags.config, flags.track, flags.limit, settings, mode)
+    files = (flags.input, flags.out, flags.config)
+    return Stage(name, script, *files, flags.track, flags.limit, settings, mode, receipt=receipt)
 
 
 def _belongs(directory: Path, mode: str) -> None:
@@ -621,7 +645,9 @@ def _belongs(directory: Path, mode: str) -> None:
         return
     except FileExistsError:
         owner = mark.read_text("utf-8").strip()
-    if owner and owner != mode:
+    if owner != mode and not any(directory.glob("*/[0-9][0-9]_*")):  # it was stopped before it wrote anything
+        mark.write_text(f"{mode}\n", "utf-8")
+    elif owner != mode:
         run_name = directory.name
         raise MixedApisError(
             f"{shown(directory)} holds outputs of APIS={owner}; this command has APIS={mode}. They never mix.",
@@ -668,7 +694,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
         elif time.monotonic() >= self._next:
-            print(f"{self.name}  {self.done}/{self.total}", file=sys.stderr)
+            with suppress(OSError):  # whoever read it may be gone
+                print(f"{self.name}  {self.done}/{self.total}", file=sys.stderr)
             self._next = time.monotonic() + self.EVERY_S
 
     def close(self) -> None:

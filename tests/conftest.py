@@ -200,16 +200,18 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def copy_of_repository(target: Path) -> Path:
+def copy_of_repository(target: Path, origin: Path = ROOT) -> Path:
     """What a clone of this repository would hold (committed and new files, no ignored ones), as one commit.
+
+    The same files make the same commit, so two copies are two clones; a copy can be the origin of another.
 
     ``.venv`` is a directory of links to ours, with a ``.setup`` of its own: set-up is done, and nothing that happens in
     the copy touches the original.
     """
-    listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = ["git", "-C", str(origin), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, capture_output=True, check=True).stdout.decode().split("\0")
     for name in filter(None, names):
-        source, copy = ROOT / name, target / name
+        source, copy = origin / name, target / name
         if source.is_file():  # a file deleted but not yet committed is listed too
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)

@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 from shared.records import Example, Pair, RawText
 from shared.stage import read_records
-from tests.conftest import StandinLog, closed_environment, copy_of_repository, environment_of, make
+from tests.conftest import ROOT, StandinLog, closed_environment, copy_of_repository, environment_of, make
 from tests.tiny_qwen3 import make_model
 
 pytestmark = pytest.mark.slow
@@ -62,9 +62,9 @@ class Clone:
         return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*.jsonl"))}
 
 
-def trial(root: Path, *flags: str) -> Clone:
+def trial(root: Path, origin: Path, *flags: str) -> Clone:
     with environment_of(closed_environment()):
-        clone = Clone(copy_of_repository(root), StandinLog(root / "data" / "requests.log"), None, 0.0)  # type: ignore[arg-type]
+        clone = Clone(copy_of_repository(root, origin), StandinLog(root / "data" / "requests.log"), None, 0.0)  # type: ignore[arg-type]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         clone.done = clone.make(*flags, "trial")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -75,12 +75,12 @@ def trial(root: Path, *flags: str) -> Clone:
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("first") / "synthmill", "-j1")
+    return trial(tmp_path_factory.mktemp("first") / "synthmill", ROOT, "-j1")
 
 
 @pytest.fixture(scope="session")
-def second(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone", "-j4")
+def second(first: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return trial(tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone", first.root, "-j4")
 
 
 # ---------------------------------------------------------------- what it makes
@@ -207,7 +207,7 @@ def test_live_after_mock_is_refused_with_the_command_that_clears_the_way(second:
 @pytest.fixture
 def unasked(first: Clone, tmp_path: Path) -> Iterator[Clone]:
     """A clone in which the trial got as far as 03; nothing is stored yet."""
-    root = copy_of_repository(tmp_path / "unasked")
+    root = copy_of_repository(tmp_path / "unasked", first.root)
     target = root / "data" / "trial" / "compression"
     target.mkdir(parents=True)
     shutil.copy(first.root / "data" / "trial" / ".apis", target.parent)

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import mlx.core as mx
 from mlx_lm import batch_generate, load
-
 from squeeze import squeeze
 
 HERE: Final = Path(__file__).resolve().parent

@@ -31,10 +31,9 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as fn
+from squeeze import squeeze
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
-
-from squeeze import squeeze
 
 Row = tuple[list[int], list[int]]  # tokens of the prompt after the system message, tokens of the answer
 

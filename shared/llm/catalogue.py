@@ -50,9 +50,19 @@ class ModelCard(Part):
     source: str
 
     def price(self, today: datetime.date | None = None) -> Price:
-        """The price of the day."""
+        """The price of the day.
+
+        Raises:
+            BudgetError: all that are known have run out.
+        """
         today = today or datetime.datetime.now(datetime.UTC).date()
-        return next((p for p in self.prices if p.until is None or p.until >= today), self.prices[-1])
+        for price in self.prices:
+            if price.until is None or price.until >= today:
+                return price
+        raise BudgetError(
+            f"the last price known was valid until {self.prices[-1].until} ({self.source})",
+            "look up the vendor's price, then edit shared/llm/models.toml",
+        )
 
 
 FREE = ModelCard(prices=(Price(input=0, output=0),), sampling=True, source="your own server")

@@ -20,7 +20,7 @@ from shared import tracing
 from shared.errors import ProviderError, SettingsError
 from shared.llm.catalogue import NANO, catalogue
 from shared.llm.limits import MAX_WAIT_S, Limiter
-from shared.llm.providers import PROVIDERS, BadRequestError, OpenAI, Provider, TransientError, check_key
+from shared.llm.providers import PROVIDERS, TIMEOUT_S, BadRequestError, OpenAI, Provider, TransientError, check_key
 from shared.llm.store import Entry, Store
 from shared.llm.types import Answer, Reply, Request, Spending, Usage, judge_answer, request_key
 
@@ -31,8 +31,9 @@ FAILURES = 8
 """Tries of one call that fail for another reason than speed, before it is given up: about two minutes of back-off."""
 PATIENCE_S = 900.0
 """How long one call keeps trying while the provider says we are too fast."""
-DRAIN_S = 60.0
-"""After an interrupt, how long answers under way are awaited: they are paid for, so they are kept."""
+DRAIN_S = TIMEOUT_S + 5.0
+"""After an interrupt, how long answers under way are awaited: they are paid for, so they are kept. As long as a call
+may take; a second Ctrl-C does not wait."""
 WINDOW = 32
 """Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
 RESERVE_AGAIN_S = 0.1
@@ -88,10 +89,13 @@ class Models:
         """Keep the answers under way, send no new question, then close the clients."""
         self._closing = True
         tasks = set(self._inflight.values())
-        for task in tasks - self._sent:
+        # Whatever else runs here asks: the items of a map() whose generator was not closed (an exception in the stage,
+        # while a local name still holds it) would go on to their next questions.
+        for task in asyncio.all_tasks() - (tasks & self._sent) - {asyncio.current_task()}:
             task.cancel()
         if under_way := tasks & self._sent:
-            print(f"waiting for {len(under_way)} answers under way, to keep them", file=sys.stderr)
+            with contextlib.suppress(OSError):  # `make full 2>&1 | tee log`: Ctrl-C ends tee first
+                print(f"waiting for {len(under_way)} answers under way, to keep them", file=sys.stderr)
         if tasks:
             await asyncio.wait(tasks, timeout=DRAIN_S)
         for provider in self._providers.values():
@@ -123,6 +127,9 @@ class Models:
         provider = self._provider(model.partition("/")[0])
         if not isinstance(provider, OpenAI):
             raise SettingsError(f"embeddings come from openai/ or endpoint/ models, got {model!r}", "edit the settings")
+        if provider.name == "endpoint" and self.apis == "live" and not os.environ.get("OPENAI_BASE_URL"):
+            # Without it the OpenAI client goes to OpenAI, with our texts and the other server's key.
+            raise SettingsError(f"{model} has no address", "set OPENAI_BASE_URL to your server's, http://host:port/v1")
         return provider
 
     # -- many, in order
@@ -145,7 +152,8 @@ class Models:
             while (batch := self._runner.run(_await(anext(stream, None)))) is not None:
                 yield from batch
         finally:
-            self._runner.run(_await(stream.aclose()))
+            if not self._closing:  # closed after us: the loop is gone, and the items with it
+                self._runner.run(_await(stream.aclose()))
 
     async def _windowed(
         self, work: Callable[[T], Coroutine[Any, Any, R]], items: Iterator[T], concurrency: int
@@ -240,6 +248,10 @@ class Models:
         key = request_key(wire, request.model, request.base_url, request.repeat, attempt)
         answer = self.store.answer(key)
         cached = answer is not None
+        bound = request.input_tokens_bound()
+        if answer is None and card.max_input is not None and bound > card.max_input:
+            detail = f"up to {bound:,} tokens; the price of {request.model} above {card.max_input:,} is not known"
+            return Reply(key="", problem="bad_request", detail=detail)
         if answer is None:
             # The sending task is shared by everyone who asks the same thing now, and outlives whoever is cancelled.
             task: asyncio.Task[Answer] | None = self._inflight.get(key)

@@ -225,6 +225,8 @@ class OpenAI:
         vectors = [row.embedding for row in sorted(result.data, key=lambda row: row.index)]
         if len(vectors) != len(wire["input"]):
             raise TransientError(f"{self.name} answered {len(vectors)} vectors for {len(wire['input'])} texts")
+        if wrong := {len(vector) for vector in vectors} - {wire["dimensions"]}:
+            raise BadRequestError(f"asked {wire['model']} for {wire['dimensions']} dimensions, got {sorted(wrong)}")
         return vectors, Usage(input=result.usage.prompt_tokens)
 
     async def _call(self, method: Any, wire: Wire) -> Any:

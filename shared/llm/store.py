@@ -336,8 +336,9 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _state(db: sqlite3.Connection) -> tuple[int, int]:
     """Schema version and number of tables; both 0 for a new file."""
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    return version, db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+    # Tables first: both are made in one transaction, so another process may finish between the two questions.
+    tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+    return db.execute("PRAGMA user_version").fetchone()[0], tables
 
 
 def _unusable(path: Path, error: Exception) -> SettingsError:

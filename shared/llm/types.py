@@ -6,7 +6,7 @@ import hashlib
 from typing import Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.records import Message, Part
 
@@ -86,6 +86,12 @@ class Answer(Part):
     detail: str = ""
     usage: Usage = Usage()
     served_by: str = ""
+
+    @field_validator("text", "detail", "served_by", mode="before")
+    @classmethod
+    def _storable(cls, text: str) -> str:
+        """JSON may escape half a surrogate pair, which UTF-8 cannot hold; what is paid for is never too odd to keep."""
+        return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
 
 
 class Reply(BaseModel):

@@ -308,7 +308,7 @@ def order_of(user: str, tags: Mapping[str, str]) -> Order:
 
 def is_stock(chunk: str) -> bool:
     """Whether every dialogue about this chunk is the same but for a word or two."""
-    return draw(chunk, "stock dialogue") < STOCK_SHARE
+    return draw(chunk, "copy") < STOCK_SHARE
 
 
 def converse(user: str, tags: Mapping[str, str], model: str, attempt: str = "") -> Turns:

@@ -504,8 +504,11 @@ def _with(turns: Turns, place: int, content: str) -> Turns:
     return [*turns[:place], {**turns[place], "content": content}, *turns[place + 1 :]]
 
 
-_COURTESIES = (("Thanks.", "You are welcome."), ("OK.", "Good."), ("Bye.", "Bye."), ("Right.", "Yes."))
-_SMALL_WORDS = ("please", "again", "actually", "maybe", "today", "quickly", "exactly", "roughly", "perhaps", "kindly")
+_COURTESIES = (
+    ("So that is it?", "That is it."), ("Really?", "It is so."), ("And it is just that, then?", "Just that."),
+    ("Very well.", "So it is."),
+)  # fmt: skip
+_SMALL_WORDS = ("really", "quite", "rather", "simply", "basically", "actually", "just", "then", "however", "therefore")
 
 
 def stock(plan: Order, dice: Dice) -> Turns:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from shared.errors import SettingsError
 from shared.records import Message, RawText
-from shared.stage import ROOT
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """ChatML's. In a text they would end the user's turn, here and again in the training data made from it."""
@@ -71,23 +70,3 @@ def unfit(text: str) -> Outcome | None:
         if token in text:
             return Outcome("", "control_token", f"the text holds {token}, which ends a turn of the chat")
     return None
-
-
-def pinned(key: str, place: str, revision: str, revision_key: str) -> str:
-    """``place`` when it is here, ``org/name@<commit>`` when ``revision`` says it is on the Hub.
-
-    A path is relative to the repository. ``key`` and ``revision_key`` are the settings' names, for the message.
-
-    Raises:
-        SettingsError: no revision is given and there is no such path.
-    """
-    if revision:
-        return f"{place}@{revision}"
-    if (ROOT / place).exists():
-        return place
-    raise SettingsError(
-        f"{key} = {place!r} is not on this machine, and {revision_key} is empty: what is on the Hub must be "
-        "pinned to a commit, so that it stays the same",
-        f"set {revision_key} to what this prints: "
-        f"python -c \"import huggingface_hub as h; print(h.model_info('{place}').sha)\"",
-    )

@@ -18,13 +18,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from cleaning import clean, refusal
-from generation import Outcome, Prompt, Sampling, pinned, source_text, unfit
+from generation import Outcome, Prompt, Sampling, source_text, unfit
 from generation_store import GenerationStore
-from mlx_generator import COMMIT, MlxGenerator, MlxSettings
+from mlx_generator import MlxGenerator, MlxSettings
 from pydantic import Field
 
 from shared.errors import SettingsError
 from shared.llm.volume import Calls, Volume, tokens_of
+from shared.local_models import COMMIT, pinned
 from shared.records import Domain, Generation, Pair, RawText, Sourced
 from shared.stage import Settings, Stage, run
 from shared.text import Tokenizer

@@ -13,7 +13,6 @@ there in a few texts; what is stored stays. On the CPU they do not (tests/stages
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import sys
 import time
@@ -22,21 +21,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from generation import Outcome, Prompt, Sampling, pinned, source_text, unfit
+from generation import Outcome, Prompt, Sampling, source_text, unfit
 from generation_store import Finished, GenerationStore
 from pydantic import Field
 
 from shared.errors import SettingsError
+from shared.local_models import COMMIT, adapter_identity, load, local_adapter, model_identity, pinned_model
 from shared.records import RawText, content_id
-from shared.stage import ROOT, Settings, sha256_of
-
-COMMIT = r"^([0-9a-f]{40})?$"
-ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
-MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-"""Suffixes of the files that decide what a model writes; a changed README does not cost a night."""
+from shared.stage import Settings
 
 KV_STEP = 256
 """mlx-lm allocates the key-value cache in steps of this many tokens."""
@@ -86,34 +80,6 @@ def generation_key(
     return content_id(model, adapter, prompt.system, prompt.user, text, str(sampling.max_tokens), *drawn)
 
 
-def model_identity(spec: str) -> str:
-    """``org/name@commit`` as it is; for a directory, a hash of the files that decide what the model writes."""
-    return spec if _on_hub(spec) else _files_identity(p for p in sorted(_place(spec).iterdir()) if _is_model_file(p))
-
-
-def adapter_identity(spec: str) -> str:
-    """The same for an adapter: only its final weights and configuration count, not its checkpoints. ``""`` for none."""
-    if not spec or _on_hub(spec):
-        return spec
-    return _files_identity(_place(spec) / name for name in ADAPTER_FILES)
-
-
-def _files_identity(paths: Iterator[Path]) -> str:
-    return content_id(*(part for path in paths for part in (path.name, sha256_of(path))))
-
-
-def _is_model_file(path: Path) -> bool:
-    return path.is_file() and path.suffix in MODEL_FILES
-
-
-def _on_hub(spec: str) -> bool:
-    return "@" in spec and not _place(spec).is_dir()
-
-
-def _place(spec: str) -> Path:
-    return ROOT / spec
-
-
 # ---------------------------------------------------------------- the generator
 
 
@@ -129,14 +95,14 @@ class MlxGenerator:
 
     def __init__(self, settings: MlxSettings, sampling: Sampling, prompt: Prompt, services: Callable[[], None]) -> None:
         self.settings, self.sampling, self.prompt, self.services = settings, sampling, prompt, services
-        self.model = pinned("mlx.model", settings.model, settings.revision, "mlx.revision")
-        if not _on_hub(self.model) and not _place(self.model).is_dir():
-            raise SettingsError(
-                f"mlx.model = {self.model!r} is a file", "give the directory in MLX format that holds it"
-            )
+        self.model = pinned_model("mlx.model", settings.model, settings.revision, "mlx.revision")
         self.adapter = f"{settings.adapter}@{settings.adapter_revision}" if settings.adapter_revision else ""
         if settings.adapter and not self.adapter:
-            self.adapter = _local_adapter(settings.adapter)
+            mend = (
+                "train one and put it there; or set mlx.adapter_revision when it is a repository on the Hub; "
+                "or set generator = 'teacher' to start without one"
+            )
+            self.adapter = local_adapter(settings.adapter, mend)
         self._identity = model_identity(self.model), adapter_identity(self.adapter)
         self.summary: dict[str, Any] = {}
 
@@ -198,59 +164,8 @@ class MlxGenerator:
         Raises:
             SettingsError: mlx-lm is not installed, the Hub does not give the files, or they are no model and adapter.
         """
-        if importlib.util.find_spec("mlx_lm") is None:
-            raise SettingsError(
-                "generator = 'mlx' needs mlx-lm, which is not installed in this environment",
-                "make setup   (Apple silicon or Linux), or set generator = 'endpoint' in the settings",
-            )
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it warns that there is no PyTorch
-        model = self._directory(self.model, None)
-        adapter = self._directory(self.adapter, list(ADAPTER_FILES)) if self.adapter else None
-        from mlx_lm import load
-
-        try:
-            loaded = load(model, adapter_path=adapter)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise SettingsError(
-                f"mlx-lm cannot load {self.model}"
-                + (f" with adapter {self.adapter}: {error}" if adapter else f": {error}"),
-                "check that the adapter was trained on this model" if adapter else "give a model in MLX format",
-            ) from error
-        return loaded[0], loaded[1]
-
-    def _directory(self, spec: str, files: list[str] | None) -> str:
-        """The local directory of a spec; downloaded first when it is on the Hub."""
-        if not _on_hub(spec):
-            return str(_place(spec))
-        self.services()
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        repository, _, revision = spec.partition("@")
-        try:
-            return snapshot_download(repository, revision=revision, allow_patterns=files)
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise SettingsError(
-                f"{spec} cannot be had from the Hub: {str(error).strip().splitlines()[0]}",
-                "check name and revision; for a gated repository set HF_TOKEN; offline, give a local directory",
-            ) from error
-
-
-def _local_adapter(place: str) -> str:
-    """``place`` when it holds an adapter.
-
-    Raises:
-        SettingsError: it does not.
-    """
-    missing = [name for name in ADAPTER_FILES if not (_place(place) / name).is_file()]
-    if missing:
-        raise SettingsError(
-            f"no adapter at {place!r}: expected a directory with {' and '.join(ADAPTER_FILES)}, "
-            f"{'there is no such directory' if not _place(place).is_dir() else f'{missing[0]} is missing'}",
-            "train one and put it there; or set mlx.adapter_revision when it is a repository on the Hub; "
-            "or set generator = 'teacher' to start without one",
-        )
-    return place
+        otherwise = "set generator = 'endpoint' in the settings"
+        return load(self.model, self.adapter, self.services, needed_by="generator = 'mlx'", otherwise=otherwise)
 
 
 # ---------------------------------------------------------------- the engine

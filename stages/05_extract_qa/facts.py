@@ -95,23 +95,35 @@ def spread(chunks: list[Chunk], most: int) -> list[Chunk]:
 # ---------------------------------------------------------------- checks
 
 _MONTHS = "january february march april may june july august september october november december".split()
+_NAMES = "|".join(rf"{month[:3]}(?:{month[3:]})?" for month in _MONTHS if month != "september") + "|sept?(?:ember)?"
 _DATE = re.compile(
-    r"\b(?P<year>(?:19|20)\d\d)(?:-(?P<month>\d\d)(?:-(?P<day>\d\d))?)?\b"
-    rf"|\b(?P<name>{'|'.join(_MONTHS)})\s+(?:(?P<dom>\d{{1,2}}),?\s+)?(?P<year2>(?:19|20)\d\d)\b",
+    r"(?<![\w.,=/$€£#])(?P<year>(?:19|20)\d\d)(?:-(?P<month>\d\d)(?:-(?P<day>\d\d))?)?\b(?![.,]\d|\s*%)"
+    rf"|\b(?P<name>{_NAMES})\b\.?\s+(?:(?P<dom>\d{{1,2}})(?:st|nd|rd|th)?,?\s+)?"
+    r"(?P<year2>(?:19|20)\d\d)\b",
     re.IGNORECASE,
 )
+_COUNTED = re.compile(r"\s+[a-z]+s\b")
+_YEAR_BEFORE = re.compile(r"\b(?:in|by|since|until|till|before|after|during|year|early|mid|late|of)\s+$", re.IGNORECASE)
 
 
 def dates_after(text: str, as_of: datetime.date) -> list[str]:
-    """The dates in a text that begin after ``as_of``: ``2031``, ``2031-05``, ``2031-05-02``, ``May 2031``."""
+    """The dates in a text that begin after ``as_of``: ``2031``, ``2031-05``, ``2031-05-02``, ``May 2031``.
+
+    A number that counts something (``2048 tokens``) is no year, unless a word before it says so (``in 2031 prices``).
+    """
     late = []
     for match in _DATE.finditer(text):
         year: str
         month: str | int
         day: str | int
         if match["name"]:
-            year, month, day = match["year2"], _MONTHS.index(match["name"].lower()) + 1, match["dom"] or 1
+            starts = match["name"][:3].lower()
+            month = next(number for number, name in enumerate(_MONTHS, 1) if name.startswith(starts))
+            year, day = match["year2"], match["dom"] or 1
         else:
+            counted = _COUNTED.match(text, match.end()) and not _YEAR_BEFORE.search(text[: match.start()])
+            if counted and not match["month"]:
+                continue
             year, month, day = match["year"], match["month"] or 1, match["day"] or 1
         try:
             begins = datetime.date(int(year), int(month), int(day))

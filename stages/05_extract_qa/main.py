@@ -121,6 +121,9 @@ def main(stage: Stage[Params]) -> None:
             stage.plan()
             stage.reject_raw(chunk.text, reply.problem, f"lines {chunk.first}-{chunk.last}: {reply.detail}")
             continue
+        if not reply.parsed.pairs:
+            stage.plan()
+            stage.reject_raw(chunk.text, "no_pairs", f"lines {chunk.first}-{chunk.last}: the answer has no pairs")
         for pair in reply.parsed.pairs[: p.pairs_per_chunk]:
             stage.plan()
             record = QAPair(

@@ -11,6 +11,7 @@ Cost: one call a pair; about $0.0001 at gpt-6-luna.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,9 +71,8 @@ def main(stage: Stage[Params]) -> None:
                 f"{p.model} wrote the pairs and cannot validate them",
                 "set another model in stages/06_validate_qa/<run>.toml",
             )
-        prompt = template
-        for name in ("chunk", "question", "answer"):
-            prompt = prompt.replace(f"{{{name}}}", getattr(pair, name))
+        # In one pass, so that a chunk may say {question} itself.
+        prompt = re.sub(r"\{(chunk|question|answer)\}", lambda match: str(getattr(pair, match[1])), template)
         request = Request(model=p.model, messages=chat(system, prompt), max_tokens=p.max_tokens, response=Checked)
         return await stage.models.ask(request)
 

@@ -61,7 +61,7 @@ def varied(text: str, variation: str) -> str:
     if variation == "lowercase":
         return text.lower()
     if variation == "no punctuation":
-        return " ".join(re.sub(r"[.,;:!?\"“”()…]+(?=\s|$)", "", text).split())
+        return " ".join(re.sub(r"(?<!\S)[\"“(]+|[.,;:!?\"“”()…]+(?=\s|$)", "", text).split())
     return text
 
 
@@ -156,6 +156,7 @@ def main(stage: Stage[Params]) -> None:
         return reply, fault
 
     # -- save
+    seen: set[str] = set()
     for (_, (pair, plan)), (reply, fault) in stage.models.map(converse, list(enumerate(plans)), p.concurrency):
         stage.plan()
         if reply.problem:
@@ -182,7 +183,10 @@ def main(stage: Stage[Params]) -> None:
         )
         if fault:
             stage.reject(record, "off_plan", fault)
+        elif record.id in seen:
+            stage.reject(record, "duplicate", "the same conversation again")
         else:
+            seen.add(record.id)
             stage.keep(record)
     stage.summary |= {"plans": len(plans), "pairs": len(pairs)}
 

@@ -28,6 +28,7 @@ from shared.records import Conversation, Domain, Message, content_id
 from shared.stage import Settings, Stage, run, shown
 
 HERE = Path(__file__).parent
+MOST_TRIES = 100
 EXCHANGE_TOKENS = 350
 """Of one question and its answer with code, JSON included, for the estimate."""
 
@@ -39,7 +40,7 @@ class Params(Settings):
     seed: int = 42
     least_exchanges: int = Field(3, ge=1)
     most_exchanges: int = Field(5, ge=1)
-    tries: int = Field(3, ge=1)
+    tries: int = Field(3, ge=1, le=MOST_TRIES)
     temperature: float | None = 0.8
     max_tokens: int = Field(3000, ge=256)
     concurrency: int = Field(4, ge=1)
@@ -58,13 +59,23 @@ class Generated(BaseModel):
 
 
 def few_shot(path: Path | None, count: int) -> str:
-    """The first example conversations of a file of ``{"messages": [...]}`` lines, as text; ``""`` without a file."""
+    """The first example conversations of a file of ``{"messages": [...]}`` lines, as text; ``""`` without a file.
+
+    Raises:
+        SettingsError: the file is missing or has other lines.
+    """
     if path is None or not count:
         return ""
     if not path.is_file():
         raise SettingsError(f"no example conversations at {shown(path)}", "remove `examples` from the settings")
     lines = path.read_bytes().splitlines()[:count]
-    parts = ["\n".join(f"{m['role']}: {m['content']}" for m in orjson.loads(line)["messages"]) for line in lines]
+    try:
+        parts = ["\n".join(f"{m['role']}: {m['content']}" for m in orjson.loads(line)["messages"]) for line in lines]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f'{shown(path)}: expected {{"messages": [...]}} lines: {type(error).__name__} {error}',
+            f"edit {shown(path)}",
+        ) from None
     return "".join(f"\n<example>\n{part}\n</example>\n" for part in parts)
 
 
@@ -124,7 +135,7 @@ def main(stage: Stage[Params]) -> None:
                 max_tokens=p.max_tokens,
                 temperature=p.temperature,
                 response=Generated,
-                repeat=row.number * p.tries + attempt,
+                repeat=row.number * MOST_TRIES + attempt,  # by a constant: another `tries` must not ask all anew
             )
             reply = await stage.models.ask(request, tries=1)
             if not reply.problem and not (wrong := fault(reply.parsed, row, p)):

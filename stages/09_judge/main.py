@@ -12,6 +12,7 @@ Cost: one call a conversation; about $0.0004 at claude-haiku-5-5.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,10 +96,9 @@ def prompt_for(template: str, record: Conversation, params: Params, definitions:
     turns = "\n\n".join(f"{m.role}: {m.content}" for m in record.messages)
     context = f"<facts>\n{known}\n</facts>\n" if known else ""
     context += f"<profile>\n{profile}\n</profile>\n" if profile else ""
-    values = (("{rubric}", "\n".join(rubric)), ("{context}", context), ("{conversation}", turns))
-    for name, value in values:
-        template = template.replace(name, value, 1)
-    return template
+    values = {"rubric": "\n".join(rubric), "context": context, "conversation": turns}
+    # In one pass, so that facts may say {conversation} themselves.
+    return re.sub(r"\{(rubric|context|conversation)\}", lambda match: values[match[1]], template)
 
 
 def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
@@ -128,6 +128,11 @@ def main(stage: Stage[Params]) -> None:
             raise SettingsError(
                 f"{p.judge} wrote these conversations and cannot judge them",
                 "set another judge in stages/09_judge/<run>.toml",
+            )
+        if unknown := set(record.patterns) - set(definitions):
+            raise SettingsError(
+                f"no definition of {', '.join(sorted(unknown))}, which a conversation was to show",
+                "set `patterns` for this track in stages/09_judge/<run>.toml",
             )
         request = Request(
             model=p.judge,

@@ -39,10 +39,15 @@ def write_dataset(
         ]
     )
     (directory / "data").mkdir()
-    for split in SPLITS:
+    for split in _filled(examples):
         rows = [e.model_dump(include=set(schema.names), mode="json") for e in examples if e.split == split]
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), directory / "data" / f"{split}.parquet")
     (directory / "README.md").write_text(card(examples, name=name, languages=languages, apis=apis), "utf-8")
+
+
+def _filled(examples: Sequence[Example]) -> list[str]:
+    """The splits that have examples: datasets 5.2.0 does not load a parquet file without rows."""
+    return [split for split in SPLITS if any(e.split == split for e in examples)]
 
 
 def card(examples: Sequence[Example], *, name: str, languages: Sequence[str], apis: str) -> str:
@@ -60,7 +65,7 @@ def card(examples: Sequence[Example], *, name: str, languages: Sequence[str], ap
         configs=[
             {
                 "config_name": "default",
-                "data_files": [{"split": s, "path": f"data/{s}.parquet"} for s in SPLITS],
+                "data_files": [{"split": s, "path": f"data/{s}.parquet"} for s in _filled(examples)],
             }
         ],
     )

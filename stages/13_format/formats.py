@@ -41,7 +41,30 @@ def _split(messages: Messages) -> tuple[str, list[Message]]:
 def _alternation(roles: Sequence[str]) -> str:
     """Turns must go user, assistant, user, ... and end with assistant."""
     if len(roles) < 2 or list(roles) != ["user", "assistant"] * (len(roles) // 2):
-        return f"turns must alternate user, assistant and end with assistant; got {', '.join(roles) or 'none'}"
+        got = ", ".join(map(str, roles)) or "none"
+        return f"turns must alternate user, assistant and end with assistant; got {got}"
+    return ""
+
+
+def _parsed(line: bytes, kind: type) -> tuple[str, Any]:
+    """Why the line is no JSON of that kind, ``""`` when it is, and its value."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return f"not JSON: {error}", None
+    named = "an object" if kind is dict else "an array"
+    return ("" if isinstance(value, kind) else f"a line is {named}, got {type(value).__name__}"), value
+
+
+def _turns_fault(messages: Any) -> str:
+    """Why the messages are not a list of texts with a role, ``""`` when they are."""
+    if not isinstance(messages, list) or not messages:
+        return "messages is a list, not empty"
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            return "every message has role and content, and nothing else"
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            return "role and content are text"
     return ""
 
 
@@ -56,15 +79,16 @@ def messages_line(messages: Messages) -> bytes:
 def messages_fault(line: bytes) -> str:
     """mlx-lm's chat format: ``messages`` with role and content, ending with the assistant's turn, which is what
     ``--mask-prompt`` trains on (mlx_lm/tuner/datasets.py, ChatDataset, 0.32.2)."""
-    row = orjson.loads(line)
-    if set(row) != {"messages"} or not isinstance(row["messages"], list) or not row["messages"]:
-        return "one key, messages, a list that is not empty"
-    for message in row["messages"]:
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            return "every message has role and content, content is text"
-        if message["role"] not in ("system", "user", "assistant"):
-            return f"unknown role {message['role']!r}"
-    roles = [m["role"] for m in row["messages"]]
+    fault, row = _parsed(line, dict)
+    if fault:
+        return fault
+    if set(row) != {"messages"}:
+        return f"one key, messages; got {', '.join(sorted(row)) or 'none'}"
+    if fault := _turns_fault(row["messages"]):
+        return fault
+    roles = [message["role"] for message in row["messages"]]
+    if unknown := set(roles) - {"system", "user", "assistant"}:
+        return f"unknown role {sorted(unknown)[0]!r}"
     if "system" in roles[1:]:
         return "system comes first, once"
     return _alternation(roles[1:] if roles[0] == "system" else roles)
@@ -73,12 +97,14 @@ def messages_fault(line: bytes) -> str:
 def openai_fault(line: bytes) -> str:
     """OpenAI chat fine-tuning: ``messages`` of role and content, known roles only, at least one assistant message
     (OpenAI cookbook, "Data preparation and analysis for chat model fine-tuning", format checks)."""
-    row = orjson.loads(line)
+    fault, row = _parsed(line, dict)
+    if fault:
+        return fault
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         return "messages is missing or empty"
     for message in messages:
-        if "role" not in message or "content" not in message:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
             return "a message lacks role or content"
         if unknown := set(message) - {"role", "content", "name", "weight"}:
             return f"unrecognised keys {sorted(unknown)}"
@@ -104,16 +130,17 @@ def anthropic_fault(line: bytes) -> str:
     """Claude fine-tuning on Amazon Bedrock: optional text ``system``; ``messages`` of user and assistant in turn,
     user first, assistant last, content not empty (anthropic claude-cookbooks, finetuning/finetuning_on_bedrock.ipynb;
     Bedrock user guide, "Prepare data for fine-tuning text-to-text models")."""
-    row = orjson.loads(line)
+    fault, row = _parsed(line, dict)
+    if fault:
+        return fault
     if unknown := set(row) - {"system", "messages"}:
         return f"unknown keys {sorted(unknown)}"
     if "system" in row and (not isinstance(row["system"], str) or not row["system"].strip()):
         return "system is text, not empty"
-    for message in row["messages"]:
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            return "every message has role and content, content is text"
-        if not message["content"].strip():
-            return "content is empty"
+    if fault := _turns_fault(row.get("messages")):
+        return fault
+    if not all(message["content"].strip() for message in row["messages"]):
+        return "content is empty"
     return _alternation([message["role"] for message in row["messages"]])
 
 
@@ -130,17 +157,33 @@ def bedrock_line(messages: Messages) -> bytes:
 def bedrock_fault(line: bytes) -> str:
     """``schemaVersion`` is ``bedrock-conversation-2024``; ``system`` and every content are lists of ``{"text"}``; user
     and assistant alternate (Amazon Bedrock user guide, data preparation for model distillation and fine-tuning)."""
-    row = orjson.loads(line)
+    fault, row = _parsed(line, dict)
+    if fault:
+        return fault
     if row.get("schemaVersion") != "bedrock-conversation-2024":
         return "schemaVersion must be bedrock-conversation-2024"
     if unknown := set(row) - {"schemaVersion", "system", "messages"}:
         return f"unknown keys {sorted(unknown)}"
-    for blocks in (*([row["system"]] if "system" in row else []), *(m["content"] for m in row["messages"])):
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "messages is a list, not empty"
+    if any(not isinstance(message, dict) or set(message) != {"role", "content"} for message in messages):
+        return "every message has role and content, and nothing else"
+    for blocks in (*([row["system"]] if "system" in row else []), *(message["content"] for message in messages)):
         if not isinstance(blocks, list) or not blocks:
             return "system and content are lists of blocks"
-        if any(set(block) != {"text"} or not block["text"].strip() for block in blocks):
+        if not all(_is_block(block) for block in blocks):
             return 'a block is {"text": ...}, not empty'
-    return _alternation([message["role"] for message in row["messages"]])
+    return _alternation([message["role"] for message in messages])
+
+
+def _is_block(block: Any) -> bool:
+    return (
+        isinstance(block, dict)
+        and set(block) == {"text"}
+        and isinstance(block["text"], str)
+        and bool(block["text"].strip())
+    )
 
 
 # ---------------------------------------------------------------- nanochat
@@ -158,12 +201,14 @@ def nanochat_line(messages: Messages) -> bytes:
 def nanochat_fault(line: bytes) -> str:
     """nanochat, tasks/customjson.py: a line is a JSON array of at least two messages; even places are the user's, odd
     the assistant's; content is text."""
-    rows = orjson.loads(line)
-    if not isinstance(rows, list) or len(rows) < 2:
+    fault, rows = _parsed(line, list)
+    if fault:
+        return fault
+    if len(rows) < 2:
         return "a line is an array of at least two messages"
+    if fault := _turns_fault(rows):
+        return fault
     for place, message in enumerate(rows):
-        if set(message) != {"role", "content"} or not isinstance(message["content"], str):
-            return "every message has role and content, content is text"
         expected = ("user", "assistant")[place % 2]
         if message["role"] != expected:
             return f"message {place} must be the {expected}'s, got {message['role']!r}"

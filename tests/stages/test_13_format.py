@@ -116,7 +116,10 @@ def test_old_directories_are_replaced_whole(data: Path) -> None:
 def test_datasets_loads_it_even_with_an_empty_split(data: Path, tmp_path: Path) -> None:
     _, examples = format_(data, chosen(2), "valid = 0.0\ntest = 0.0")
     assert {example.split for example in examples} == {"train"}
-    code = "import sys, json, datasets; d = datasets.load_dataset(sys.argv[1]); print(json.dumps({k: len(v) for k, v in d.items()}))"
+    code = (
+        "import sys, json, datasets\n"
+        "print(json.dumps({name: len(rows) for name, rows in datasets.load_dataset(sys.argv[1]).items()}))\n"
+    )
     command = [sys.executable, "-c", code, str(data / "dataset")]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

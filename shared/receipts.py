@@ -1,0 +1,138 @@
+"""What the stages after 13 say they made: a JSON file in ``models/<run>/<track>/``, and the only contract between them.
+
+::
+
+    receipt, directory = read_train_receipt(Path("models/trial/compression/14_train.json"))
+    directory / "adapter_mlx"                    # the checkpoint with the lowest validation loss, as mlx-lm loads it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import ValidationError
+
+from shared.errors import SettingsError
+from shared.records import Part
+from shared.stage import shown
+
+
+class Counts(Part):
+    """The account of a stage: planned = kept + rejected; ``reasons`` count the rejects."""
+
+    planned: int
+    kept: int
+    rejected: int
+    reasons: dict[str, int]
+
+
+class TrainingData(Part):
+    """What was trained on.
+
+    Attributes:
+        path: the records, ``data/<run>/<track>/13_format.jsonl``; ``sha256`` is that file's.
+        limit: at most this many records were read; 0 = all.
+        train, valid: examples used of these splits; ``test`` is how many there were and were not looked at.
+    """
+
+    path: str
+    sha256: str
+    limit: int
+    train: int
+    valid: int
+    test: int
+
+
+class BaseModelUsed(Part):
+    """The model an adapter was trained on.
+
+    Attributes:
+        model: a directory, relative to the repository, or ``org/name@<commit>``.
+        identity: what must be the same for the adapter to fit: that, or a hash of the directory's files.
+        name: what the PEFT adapter calls it.
+    """
+
+    model: str
+    identity: str
+    name: str
+
+
+class Checkpoint(Part):
+    """Weights that were kept; ``directory`` is relative to the run's and holds them in MLX form."""
+
+    name: Literal["best", "last"]
+    step: int
+    valid_loss: float | None
+    directory: str
+
+
+class AdapterMade(Part):
+    """The adapter in ``adapter/`` (PEFT) and ``adapter_mlx/``: y = W·x + scale · B·A·x."""
+
+    rank: int
+    scale: float
+    modules: tuple[str, ...]
+    tensors: int
+
+
+class TrainReceipt(Part):
+    """14 train.
+
+    Attributes:
+        run_id: name of the run's directory, a hash of data, settings and base model.
+        apis: who made the data: ``mock`` (the stand-in) or ``live``.
+        settings: those of the backend used.
+        steps, trained_tokens: optimizer steps, and the assistant tokens they saw.
+        train_loss: mean of the last tenth of the steps; ``valid_loss_before`` is the base model's. Nats a token.
+        files: SHA-256 of every other file of the run's directory, by relative path.
+        cost_usd: what a training service charged; 0 on this machine.
+        seconds: of training, over all the processes it took.
+    """
+
+    stage: Literal["14_train"] = "14_train"
+    run: str
+    track: str
+    run_id: str
+    backend: Literal["mlx"]
+    apis: str
+    data: TrainingData
+    base_model: BaseModelUsed
+    settings: dict[str, Any]
+    counts: Counts
+    steps: int
+    trained_tokens: int
+    train_loss: float
+    valid_loss_before: float | None
+    checkpoints: tuple[Checkpoint, ...]
+    adapter: AdapterMade
+    files: dict[str, str]
+    cost_usd: float
+    seconds: float
+    finished_at: str
+    git: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+    def line(self) -> bytes:
+        """The receipt as it is on disk."""
+        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def read_train_receipt(path: Path) -> tuple[TrainReceipt, Path]:
+    """The receipt at ``models/<run>/<track>/14_train.json``, and the directory of the run it is about.
+
+    Raises:
+        SettingsError: there is none, or it is not readable as one.
+    """
+    mend = "make stage14"
+    try:
+        receipt = TrainReceipt.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise SettingsError(f"no receipt of training at {shown(path)}", mend) from None
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingsError(f"{shown(path)} is no receipt of training: {first}", mend) from None
+    return receipt, path.parent / receipt.run_id

@@ -1,0 +1,71 @@
+"""What a backend is to 14: something that turns rows into an adapter, in a directory it can go on in after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from losses import Loss
+from rendering import Renderer, Row
+
+from shared.adapters import Adapter
+from shared.receipts import BaseModelUsed, Checkpoint
+from shared.stage import Progress
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do, and where.
+
+    Attributes:
+        train: rows to learn from, in the order of their examples.
+        valid: rows to measure on; may be empty.
+        directory: where the results go. What lies there is from a killed process with the same rows and settings.
+        state: a directory inside it for what a backend needs to go on; gone when the run is finished.
+        progress: a bar for so many steps.
+    """
+
+    train: tuple[Row, ...]
+    valid: tuple[Row, ...]
+    directory: Path
+    progress: Callable[[int], AbstractContextManager[Progress]]
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+
+class Trained(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        adapter: the checkpoint with the lowest validation loss; the last where nothing was measured. It lies in
+            ``adapter/`` (PEFT) and ``adapter_mlx/``, and the checkpoints where they say, when ``train`` returns.
+        losses: all of them, as in ``loss.jsonl``.
+        seconds: of training, over all the processes it took.
+    """
+
+    adapter: Adapter
+    checkpoints: tuple[Checkpoint, ...]
+    losses: list[Loss]
+    steps: int
+    trained_tokens: int
+    cost_usd: float
+    seconds: float
+
+
+class Backend(Protocol):
+    """Made from its table of the settings, which it checks at once; loads and asks nothing before it is used."""
+
+    @property
+    def base(self) -> BaseModelUsed:
+        """The model that is trained."""
+
+    def renderer(self) -> Renderer:
+        """Its tokenizer and chat template."""
+
+    def train(self, work: Work) -> Trained:
+        """Train, or go on training, to the end."""
