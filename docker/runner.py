@@ -22,6 +22,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNNERS = ("auto", "docker", "native")
 PROBE_S = 10.0
 """How long an engine may take to say whether it has an image; a healthy one takes 0.05 s."""
+STOP_S = 200
+"""How long `docker stop` waits: an interrupted stage keeps the answers under way (shared.llm.models.DRAIN_S)."""
 
 # ---------------------------------------------------------------- the table: what each image and each stage gets
 
@@ -115,6 +117,12 @@ STAGES = {
     "13_format": OFFLINE,
 }
 
+NATIVE = {
+    "14_train": "it trains with MLX on this machine's GPU, or with Tinker",
+    "15_evaluate": "it generates with MLX on this machine's GPU",
+}
+"""Stages that never run in a container, and why."""
+
 STANDIN_NETWORK, STANDIN_INSIDE = "synthmill-standin", "http://standin:8080"
 """The private network of ``docker/compose.yaml``, and the stand-in's address for containers on it."""
 
@@ -159,7 +167,10 @@ def choose(runner: str, arguments: list[str]) -> int:
         natively(arguments)  # --help, or a usage error: the script's to say
     mode = apis.decide()
     if flags.stage not in STAGES:
-        raise SettingsError(f"docker/runner.py says nothing about {flags.stage}", "add its line to STAGES there")
+        if runner == "docker":
+            reason = NATIVE.get(flags.stage, "docker/runner.py has no line for it")
+            print(f"{flags.stage} runs natively: {reason}", file=sys.stderr)
+        natively(arguments)
     here = only_here(flags, mode)
     lacking = "" if here and runner == "docker" else lacks(STAGES[flags.stage].image)
     if lacking and runner == "docker":
@@ -331,6 +342,7 @@ def container(flags: Flags, mode: str, environment: Mapping[str, str], name: str
     needs = STAGES[flags.stage]
     command = [
         *(client(), "run", "--rm", "--init", "--name", name, "--pull", "never", "--log-driver", "none"),
+        *("--stop-timeout", str(STOP_S)),
         *("--user", user(), "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
         *("--tmpfs", "/tmp:rw,nosuid,nodev,noexec,mode=1777"),
         *("--memory", needs.memory, "--memory-swap", needs.memory, "--pids-limit", str(needs.pids)),

@@ -467,6 +467,7 @@ class Stage(Generic[P]):
         spending = self.models.spending() if "models" in self.__dict__ else None
         seconds = time.monotonic() - self._started
         report = self._report(spending, seconds)
+        _belongs(self.output.parent.parent, self.apis, claim=True)
         os.replace(self._part(self.beside(".rejects.jsonl")), self.beside(".rejects.jsonl"))
         for suffix, part in self._sides.items():
             with open(part, "rb") as file:
@@ -632,26 +633,26 @@ def _from_flags(script: Path, params: type[P], receipt: bool = False) -> Stage[P
     return Stage(name, script, *files, flags.track, flags.limit, settings, mode, receipt=receipt)
 
 
-def _belongs(directory: Path, mode: str) -> None:
-    """Record whether a run directory is live's or the stand-in's; refuse to mix.
+def _belongs(directory: Path, mode: str, *, claim: bool = False) -> None:
+    """Refuse to mix live's and the stand-in's outputs; with ``claim``, record whose the run directory is.
+
+    It is claimed with the first file, not at the start: a run that was stopped by a missing key has claimed nothing.
 
     Raises:
         MixedApisError: the directory belongs to the other one.
     """
     mark = directory / ".apis"
-    try:
-        with open(mark, "x", encoding="utf-8") as file:
-            file.write(f"{mode}\n")
-        return
-    except FileExistsError:
-        owner = mark.read_text("utf-8").strip()
-    if owner != mode and not any(directory.glob("*/[0-9][0-9]_*")):  # it was stopped before it wrote anything
-        mark.write_text(f"{mode}\n", "utf-8")
-    elif owner != mode:
-        run_name = directory.name
+    if claim and not mark.exists():
+        whole = directory / f".apis.{os.getpid()}"
+        whole.write_text(f"{mode}\n", "utf-8")
+        with suppress(FileExistsError):
+            os.link(whole, mark)  # a link appears whole, and to one process only
+        whole.unlink()
+    owner = mark.read_text("utf-8").strip() if mark.exists() else mode
+    if owner != mode:
         raise MixedApisError(
             f"{shown(directory)} holds outputs of APIS={owner}; this command has APIS={mode}. They never mix.",
-            f"make clean RUN={run_name}   (replies stay in data/cache), or run with APIS={owner}",
+            f"make clean RUN={directory.name}   (replies stay in data/cache), or run with APIS={owner}",
         )
 
 

@@ -695,7 +695,7 @@ def test_two_processes_together_never_exceed_the_budget(standin_with: StandinWit
     assert code == 0, said
     assert stage.report("04_ask")["spending"]["cached"] > 0, "with more money it goes on where it stopped"
     served = Counter(line["sha256"] for line in answers(log) if line["served"])
-    assert max(served.values()) == 3, "each question has three repeats, and none was paid again"
+    assert max(served.values()) == 1, "no answer was paid twice"
 
 
 def test_no_sdk_is_imported_before_it_is_needed(standin: StandinLog, asking: NewAsking) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from shared.llm.models import DRAIN_S
 from shared.llm.providers import PROVIDERS
 from tests.conftest import BASE_URLS, ROOT, copy_of_repository
 
-STAGES = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists())
+EVERY = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists())
 OFFLINE = {"02_merge", "11_deduplicate", "12_choose", "13_format"}
 
 
@@ -33,6 +34,9 @@ def load(root: Path = ROOT) -> Any:
 runner: Any = load()
 
 
+STAGES = [name for name in EVERY if name not in runner.NATIVE]
+
+
 def flags(stage: str, data: Path, config: str | Path = "", source: str | Path = "") -> Any:
     """What the runner makes of a stage's usual command."""
     config = config or ROOT / "stages" / stage / "trial.toml"
@@ -44,8 +48,9 @@ def flags(stage: str, data: Path, config: str | Path = "", source: str | Path = 
 # ---------------------------------------------------------------- the table
 
 
-def test_every_stage_has_its_line_in_the_table() -> None:
-    assert set(runner.STAGES) >= set(STAGES)
+def test_every_stage_has_its_line_in_the_table_or_a_reason_to_have_none() -> None:
+    assert set(EVERY) <= {*runner.STAGES, *runner.NATIVE}
+    assert not {*runner.STAGES} & {*runner.NATIVE}
 
 
 def test_the_stages_that_need_no_network_never_have_one(data: Path) -> None:
@@ -167,7 +172,7 @@ IN_LIBRARIES = {
     "GOOGLE_GEMINI_BASE_URL": "google/genai/_base_url.py",
     "HF_TOKEN": "huggingface_hub/utils/_auth.py",
     "HF_ENDPOINT": "huggingface_hub/constants.py",
-    "SSL_CERT_FILE": "httpx2/_config.py",
+    "SSL_CERT_FILE": "httpcore2/_ssl.py",
     "OTEL_EXPORTER_OTLP_HEADERS": "opentelemetry/sdk/environment_variables/__init__.py",
 }
 """Variables that a library reads, not our code, and where."""
@@ -184,6 +189,7 @@ def test_no_stage_is_given_a_variable_that_nothing_reads() -> None:
         assert {*needs.variables, *needs.live} - known == set(), stage
 
 
+ASKED = {"ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "ENDPOINT_API_KEY"}
 SECRETS = {
     "ANTHROPIC_API_KEY": "sk-ant-1",
     "OPENAI_API_KEY": "sk-2",
@@ -202,7 +208,7 @@ SECRETS = {
         ("02_merge", "live", set()),
         ("13_format", "live", set()),
         ("01_acquire", "live", {"HF_TOKEN", "LOGFIRE_TOKEN"}),
-        ("04_validate", "live", {"ANTHROPIC_API_KEY", "OPENAI_API_KEY", "GEMINI_API_KEY", "LOGFIRE_TOKEN"}),
+        ("04_validate", "live", {*ASKED, "LOGFIRE_TOKEN"}),
         ("04_validate", "mock", set()),
         ("03_compress", "mock", set()),
     ],
@@ -318,6 +324,10 @@ def test_a_worktree_is_mounted_with_the_repository_it_belongs_to(tmp_path: Path)
     subprocess.run(["git", "-C", str(origin), "worktree", "add", "-q", str(tmp_path / "tree")], check=True)
     tree = load(tmp_path / "tree")
     assert str(origin / ".git") in set(tree.sources({"sources": [{"kind": "git", "url": "."}]}))
+
+
+def test_docker_stop_waits_for_as_long_as_a_stage_may_take_to_end() -> None:
+    assert runner.STOP_S > DRAIN_S
 
 
 def test_a_path_with_a_comma_stays_one_path() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import fcntl
 import os
 import queue
 import socket
@@ -307,26 +308,33 @@ def _alive(pid: int) -> bool:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    # One at a time: two processes that set the journal mode at once are told "locked" without being made to wait.
     try:
-        db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        db.row_factory = sqlite3.Row
-        version, tables = _state(db)
-        if version == tables == 0:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("BEGIN IMMEDIATE")
-            version, tables = _state(db)  # another process may have been quicker
-            if version == tables == 0:
-                for statement in _TABLES.strip().split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA}")
-                version = SCHEMA
-            db.execute("COMMIT")
-        if version == SCHEMA:  # asked before anything is set: setting the journal mode writes to the file
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            return db
-    except sqlite3.DatabaseError as error:
+        with open(path.with_name(f".{path.name}.lock"), "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return _open_alone(path)
+    except (OSError, sqlite3.DatabaseError) as error:
         raise _unusable(path, error) from None
+
+
+def _open_alone(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    version, tables = _state(db)
+    if version == tables == 0:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("BEGIN IMMEDIATE")
+        version, tables = _state(db)  # another process may have been quicker
+        if version == tables == 0:
+            for statement in _TABLES.strip().split(";\n"):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            version = SCHEMA
+        db.execute("COMMIT")
+    if version == SCHEMA:  # asked before anything is set: setting the journal mode writes to the file
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        return db
     db.close()
     raise SettingsError(
         f"the reply store {path} has schema version {version}; this code reads {SCHEMA}. It was not touched.",
@@ -343,7 +351,7 @@ def _state(db: sqlite3.Connection) -> tuple[int, int]:
 
 def _unusable(path: Path, error: Exception) -> SettingsError:
     """What to do about a store that cannot be used; only a damaged one is worth giving up."""
-    if isinstance(error, sqlite3.OperationalError):  # locked, full disk, no rights: what is in it is fine
+    if isinstance(error, (OSError, sqlite3.OperationalError)):  # locked, full disk, no rights: what is in it is fine
         mend = f"let other processes end, free some disk or open {path.parent} for writing, then run the same command"
     else:
         aside = path.parent / "broken"

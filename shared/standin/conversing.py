@@ -156,7 +156,7 @@ def extract(user: str, chunk: str, model: str, attempt: str = "") -> list[dict[s
 
 
 def _count_of(user: str) -> int:
-    match = re.search(rf"\b(\d+|{'|'.join(_WORDS)})\s+(?:different\s+)?(?:question|pairs?)\b", user, re.I)
+    match = re.search(rf"\b(\d+|{'|'.join(_WORDS)})\s+(?:different\s+)?(?:questions?|pairs?)\b", user, re.I)
     if match is None:
         return 1
     return max(1, int(match[1]) if match[1].isdigit() else _WORDS.index(match[1].lower()))

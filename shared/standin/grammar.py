@@ -205,19 +205,19 @@ _VERBS = frozenset(
     "clean close collect come compare compress compute connect consist contain continue convert copy cost count cover "
     "create cross deal decide declare define delete deliver deny depend derive describe detect determine die differ "
     "divide do download drop draw earn embed emit enable encode end enforce enter exceed exclude execute exist expect "
-    "expire explain export express extend extract fail fall feed fetch fill filter find finish fit follow forbid force "
-    "form format free gain generate get give go grow guarantee hang handle happen have help hide hold identify ignore "
-    "import improve include increase indicate inherit insert inspect install invoke join judge keep kill know label "
-    "lack last lead learn leave let lie limit link list listen live load lock log look lose lower maintain make manage "
-    "map mark match mean measure meet merge mix move name need note notify obey occur offer omit open operate order "
-    "own pack parse pass pause pay perform pick place play point prefer prepare present preserve prevent print "
+    "expire explain export express extend extract fail fall feed fetch fill filter find finish fit follow forbid "
+    "force form format free gain generate get give go grow guarantee hang handle happen have help hide hold identify "
+    "ignore import improve include increase indicate inherit insert inspect install invoke join judge keep kill know "
+    "label lack last lead learn leave let lie limit link list listen live load lock log look lose lower maintain make "
+    "manage map mark match mean measure meet merge mix move name need note notify obey occur offer omit open operate "
+    "order own pack parse pass pause pay perform pick place play point prefer prepare present preserve prevent print "
     "process produce promise protect prove provide publish pull push put raise reach read receive record reduce refer "
     "refuse reject release rely remain remove rename repeat replace report represent request require rerun reserve "
-    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run "
-    "save say scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip solve "
-    "sort speak specify spend split stand start state stay stop store strip submit suit support survive switch take "
-    "tell test throw tie track train transfer translate treat trim trust turn understand update upload use validate "
-    "vary verify wait want warn weigh win work wrap write yield".split()
+    "reset resolve respond rest restart restore result retain retry return reuse reveal rewrite rise round run save "
+    "say scale scan score search seed select send separate serve set share ship shorten show shrink sign sit skip "
+    "solve sort speak specify spend split stand start state stay stop store strip submit suit support survive switch "
+    "take tell test throw tie track train transfer translate treat trim trust turn understand update upload use "
+    "validate vary verify wait want warn weigh win work wrap write yield".split()
 )
 _PARTICIPLES = frozenset(
     "kept sent cut given taken held left lost found chosen drawn built paid spent dealt shown put read met made "
@@ -343,7 +343,7 @@ def _is_verb(low: str, before: str, subject: Sequence[str]) -> bool:
     root = base(low.removeprefix("re-"))
     if root not in _VERBS:
         return False
-    if root != low.removeprefix("re-"):
+    if root != low.removeprefix("re-") or before in ADVERBS:
         return True
     last = next((w.lower() for w in reversed(subject) if w.lower() not in ADVERBS), "")
     return " and " in f" {' '.join(subject).lower()} " or (last.endswith("s") and not last.endswith("ss"))

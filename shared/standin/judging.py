@@ -37,7 +37,7 @@ CUES = {
     "Precision Policing": r"\bstrictly speaking\b|\bnot the same as\b|\bneeds a figure\b|\bexact term\b",
 }
 """What shows a pattern in an answer. A pattern that is not among them is looked for by the words of its definition."""
-_CUES = {name.lower(): re.compile(pattern, re.I) for name, pattern in CUES.items()}
+CUE_PATTERNS = {name.lower(): re.compile(pattern, re.I) for name, pattern in CUES.items()}
 _PLACEHOLDER = re.compile(
     r"\b(?:TODO|FIXME|XXX)\b|\bplaceholder\b|\bNotImplementedError\b|\bexcept\s*:|\byour code here\b", re.I
 )
@@ -168,7 +168,7 @@ def _natural(case: Case) -> Verdict:
 
 
 def _on_topic(case: Case) -> Verdict:
-    """An exchange in which the user says a lot about something else, and the assistant nothing about the facts, is off."""
+    """An exchange is off the topic when the user talks about something else and the assistant not about the facts."""
     about = stems(case.facts or case.said)
     for turn, reply in zip(case.users, case.assistants, strict=False):
         if len(states(turn)) >= 4 and not stems(turn) & about and not states(reply) & about:
@@ -216,7 +216,7 @@ def _shows(name: str, meaning: str, case: Case) -> Verdict:
     """Whether the assistant applies a pattern, and the sentence that shows it."""
     prose = [_FENCE.sub("\n", turn) for turn in case.assistants]
     missing = Verdict(False, "", "nothing in the answers shows it")
-    if cue := _CUES.get(name.lower()):
+    if cue := CUE_PATTERNS.get(name.lower()):
         for turn in prose:
             lines = [*sentences(turn), *(" ".join(p.split()) for p in turn.split("\n\n"))]
             if found := next((line for line in lines if cue.search(line)), None):

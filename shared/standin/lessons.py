@@ -56,7 +56,7 @@ def order_of(user: str) -> Order:
 def write(user: str, model: str, attempt: str = "") -> dict[str, Any]:
     """The conversation that a prompt asks for, with its topic, its patterns and its learning notes."""
     order, dice = order_of(user), Dice(user, model, attempt)
-    fault = _fault(user, model, attempt)
+    fault = fault_of(user, model, attempt)
     exchanges = order.least + int(dice.share() * (order.most - order.least + 1))
     if fault == "length":
         exchanges = order.least - 1 if order.least > 1 and dice.share() < 0.5 else order.most + 1
@@ -82,7 +82,8 @@ def write(user: str, model: str, attempt: str = "") -> dict[str, Any]:
     }
 
 
-def _fault(*seed: str) -> str:
+def fault_of(*seed: str) -> str:
+    """Which fault a conversation has, if any."""
     place = draw(*seed, "fault")
     for name, share in FAULTS.items():
         place -= share
@@ -95,7 +96,8 @@ def _fault(*seed: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _matter() -> dict[str, list[Matter]]:
+def matter() -> dict[str, list[Matter]]:
+    """What there is to say: families of topics, and snippets of code."""
     return tomllib.loads(Path(__file__).with_name("lessons.toml").read_text("utf-8"))
 
 
@@ -105,6 +107,15 @@ def _closest(rows: Sequence[Matter], topic: str, dice: Dice) -> Matter:
     scores = [len(words & set(row["words"])) for row in rows]
     best = max(scores)
     return dice.pick([row for row, score in zip(rows, scores, strict=True) if score == best])
+
+
+def _snippets(topic: str) -> list[Matter]:
+    """Code in the language that a topic names, in Python when it names none."""
+    named = set(re.findall(r"[a-z+]+", topic.lower()))
+    rows = matter()["snippets"]
+    return [row for row in rows if "language" in row and named & set(row["words"][:1])] or [
+        row for row in rows if "language" not in row
+    ]
 
 
 _BREAK = re.compile(
@@ -163,9 +174,8 @@ class Lesson:
 
     def __init__(self, order: Order, dice: Dice) -> None:
         self.order, self.dice = order, dice
-        matter = _matter()
-        self.family = _closest(matter["families"], order.topic, dice)
-        self.snippet = _closest(matter["snippets"], order.topic, dice)
+        self.family = _closest(matter()["families"], order.topic, dice)
+        self.snippet = _closest(_snippets(order.topic), order.topic, dice)
         self.later = dice.order(self.family["later"])
         self.verdicts = dice.order(list(zip(self.family["verdict"], self.family["reason"], strict=True)))
         self.asides = dice.order(_LAST_SAID)

@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Containers for real: build the images, run the mocked trial in them and natively, compare every byte, run the tests that
+# need an engine. Uses the engine that answers; where none does and we are root on Debian or Ubuntu, installs and starts
+# one of its own and takes it down again. Where neither can be had: SKIPPED, with the reason, and exit code 0.
+#
+#     docker/ci.sh          # needs .venv (make setup); a clean checkout is not needed: it works in a clone of HEAD
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+# Not the system's place for temporary files: the clone must have a path that every engine can mount.
+work=$(mktemp -d "${TMPDIR:-/tmp}/synthmill-ci.XXXXXX")
+engine_pid=""
+bridge_was_there=$([ -e /sys/class/net/docker0 ] && echo yes || true)
+
+say() { printf 'containers: %s\n' "$*"; }
+skip() {
+    printf '\n==== SKIPPED: containers ====\n%s\n' "$*"
+    exit 0
+}
+clean_up() {
+    set +e
+    if [ -n "$engine_pid" ]; then
+        kill "$engine_pid" 2>/dev/null
+        wait "$engine_pid" 2>/dev/null
+        [ -n "$bridge_was_there" ] || ip link delete docker0 2>/dev/null
+        grep -o "$work/[^ ]*" /proc/mounts | sort -r | while read -r place; do umount "$place"; done
+    fi
+    rm -rf "$work"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+# ------------------------------------------------------------------------------------------------ an engine and a client
+
+may_install() { [ "$(id -u)" = 0 ] && [ -f /etc/debian_version ] && command -v apt-get >/dev/null; }
+
+# install PROGRAM PACKAGE...: unless the program is there
+install() {
+    command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] && return
+    shift
+    [ -n "${updated:-}" ] || apt-get update -qq >"$work/apt.log" 2>&1 || return
+    updated=yes
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >>"$work/apt.log" 2>&1
+}
+
+# The client must build with BuildKit: what a distribution calls `docker` may not have its buildx.
+with_buildkit() {
+    local candidate
+    for candidate in ${DOCKER:-$(type -aP docker | awk '!seen[$0]++')}; do
+        if printf 'FROM scratch\nLABEL is=nothing\n' | DOCKER_BUILDKIT=1 "$candidate" build -q - >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+}
+
+if ! docker version >/dev/null 2>&1; then
+    may_install || skip "no Docker engine answers, and this is not root on Debian or Ubuntu, who could install one"
+    install dockerd docker.io iptables || skip "no Docker engine answers, and docker.io cannot be installed: $(tail -1 "$work/apt.log")"
+    export PATH="$PATH:/usr/sbin" DOCKER_HOST="unix://$work/docker.sock"
+    dockerd --data-root "$work/engine" --exec-root "$work/exec" --pidfile "$work/docker.pid" -H "$DOCKER_HOST" \
+        >"$work/engine.log" 2>&1 &
+    engine_pid=$!
+    for _ in $(seq 60); do
+        docker version >/dev/null 2>&1 && break
+        kill -0 "$engine_pid" 2>/dev/null || break
+        sleep 0.5
+    done
+    docker version >/dev/null 2>&1 || skip "an engine was installed and does not start: $(tail -1 "$work/engine.log")"
+    say "started an engine of our own, $(docker version --format '{{.Server.Version}}')"
+fi
+DOCKER=$(with_buildkit)
+[ -n "$DOCKER" ] || skip "an engine answers, but no client here builds with BuildKit (docker-buildx)"
+export DOCKER
+
+# ------------------------------------------------------------------------------------------------ a base and the images
+
+default=$(sed -n 's/^ARG BASE_IMAGE=//p' docker/Dockerfile)
+if [ -z "${BASE_IMAGE:-}" ] && ! timeout 60 docker pull -q "$default" >/dev/null 2>&1; then
+    may_install || skip "$default cannot be pulled, and this is not root on Debian or Ubuntu, who could make a base"
+    install debootstrap debootstrap debian-archive-keyring || skip "debootstrap cannot be installed: $(tail -1 "$work/apt.log")"
+    export BASE_IMAGE=synthmill-base:bookworm
+    debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" >"$work/debootstrap.log" 2>&1 ||
+        skip "$default cannot be pulled, and debootstrap makes no base: $(tail -1 "$work/debootstrap.log")"
+    # Behind a proxy that signs for itself, the host's certificates are the ones that hold.
+    cat "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" >"$work/base/etc/ssl/certs/ca-certificates.crt"
+    rm -rf "$work"/base/var/cache/apt/* "$work"/base/var/lib/apt/lists/* "$work"/base/usr/share/{doc,man,locale}
+    tar -C "$work/base" -c . | docker import - "$BASE_IMAGE" >/dev/null
+    rm -rf "$work/base"
+    say "made a base with debootstrap, as $default cannot be pulled"
+fi
+
+# The index as a secret, with a password in it that must not be found in any image (tests/test_docker.py looks for it).
+index=$(.venv/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')
+export PACKAGE_INDEX="${PACKAGE_INDEX:-${index/:\/\//:\/\/synthmill:not-a-real-password@}}"
+export DOCKER_BUILD_FLAGS="${DOCKER_BUILD_FLAGS:---network host --progress plain}"
+SECONDS=0
+.venv/bin/python docker/images.py >"$work/images.log" 2>&1 || { tail -40 "$work/images.log"; exit 1; }
+seconds=$SECONDS
+grep -E '^(llm|data) ' "$work/images.log"
+say "images in $seconds s"
+[ "$seconds" -le 300 ] || { echo "error: the images took $seconds s to build; at most 300 are allowed" >&2; exit 1; }
+
+# ------------------------------------------------------------------------------------------------ the same bytes
+
+git clone -q . "$work/clone"
+mkdir "$work/clone/.venv"
+ln -s "$root"/.venv/* "$work/clone/.venv/"
+cp "$root/uv.lock" "$work/clone/uv.lock"
+touch -d '+1 second' "$work/clone/.venv/.setup"
+touch -d '+2 seconds' "$work/clone/uv.lock"
+for runner in docker native; do
+    SECONDS=0
+    env -u APIS -u BUDGET_USD -u LIMIT -u RUN -u STANDIN_URL make -C "$work/clone" trial RUNNER=$runner >"$work/$runner.log" 2>&1 ||
+        { tail -40 "$work/$runner.log"; exit 1; }
+    say "make trial RUNNER=$runner in $SECONDS s"
+    mkdir "$work/$runner"
+    mv "$work/clone/data/trial" "$work/clone/data/cache" "$work/$runner/"
+done
+grep -q '^runner: docker' "$work/docker.log" || { echo "error: the trial did not run in containers" >&2; exit 1; }
+# Reports hold times, and where they were made; .runner is a note of the runner to itself.
+diff -r --exclude='*.report.json' --exclude=.runner "$work/docker/trial" "$work/native/trial"
+count=$(find "$work/docker/trial" -type f -size +0 ! -name '*.report.json' ! -name .runner | wc -l)
+[ "$count" -ge 40 ] || { echo "error: only $count files to compare" >&2; exit 1; }
+foreign=$(find "$work/docker" ! -user "$(id -un)" | head -3)
+[ -z "$foreign" ] || { echo "error: not ours: $foreign" >&2; exit 1; }
+say "$count files have the same bytes in containers and natively, all of them ours"
+
+# ------------------------------------------------------------------------------------------------ the tests with an engine
+
+if may_install && [ -n "$engine_pid" ]; then
+    "$DOCKER" compose version >/dev/null 2>&1 || install docker-compose docker-compose || true # else those tests are skipped
+fi
+.venv/bin/python -m pytest -rs tests/test_docker.py
