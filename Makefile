@@ -18,7 +18,7 @@ ENGINE    ?= embedded
 RAY_ADDRESS ?=
 ID        ?=
 
-export APIS BUDGET_USD ENGINE RAY_ADDRESS
+export APIS BUDGET_USD FACTS ENGINE RAY_ADDRESS
 export PYTHONPATH := $(CURDIR)
 
 PY     := .venv/bin/python
@@ -131,7 +131,7 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
 .PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean
 .PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13
 
-trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys, no money (APIS=mock)
+trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys and no money while there is no .env
 full: RUN = full
 full: $(foreach track,$(TRACKS),data/full/$(track)/13_format.jsonl) ## every track at production scale; starts with preflight
 compression: data/$(RUN)/compression/13_format.jsonl ## the compression track of RUN

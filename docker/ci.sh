@@ -3,14 +3,13 @@
 # need an engine. Uses the engine that answers; where none does and we are root on Debian or Ubuntu, installs and starts
 # one of its own and takes it down again. Where neither can be had: SKIPPED, with the reason, and exit code 0.
 #
-#     docker/ci.sh          # needs .venv (make setup); a clean checkout is not needed: it works in a clone of HEAD
+#     docker/ci.sh          # after make setup; works in a clone of HEAD, so it sees what is committed and leaves nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-# Not the system's place for temporary files: the clone must have a path that every engine can mount.
 work=$(mktemp -d "${TMPDIR:-/tmp}/synthmill-ci.XXXXXX")
 engine_pid=""
-bridge_was_there=$([ -e /sys/class/net/docker0 ] && echo yes || true)
+bridge_was_there=$(ls -d /sys/class/net/docker0 2>/dev/null || true)
 
 say() { printf 'containers: %s\n' "$*"; }
 skip() {
@@ -23,8 +22,8 @@ clean_up() {
         kill "$engine_pid" 2>/dev/null
         wait "$engine_pid" 2>/dev/null
         [ -n "$bridge_was_there" ] || ip link delete docker0 2>/dev/null
-        grep -o "$work/[^ ]*" /proc/mounts | sort -r | while read -r place; do umount "$place"; done
     fi
+    grep -o "$work/[^ ]*" /proc/mounts 2>/dev/null | sort -r | while read -r place; do umount "$place"; done
     rm -rf "$work"
 }
 trap clean_up EXIT
@@ -46,7 +45,7 @@ install() {
 # The client must build with BuildKit: what a distribution calls `docker` may not have its buildx.
 with_buildkit() {
     local candidate
-    for candidate in ${DOCKER:-$(type -aP docker | awk '!seen[$0]++')}; do
+    for candidate in ${DOCKER:-$(tr : '\n' <<<"$PATH" | sed 's,$,/docker,')}; do
         if printf 'FROM scratch\nLABEL is=nothing\n' | DOCKER_BUILDKIT=1 "$candidate" build -q - >/dev/null 2>&1; then
             echo "$candidate"
             return
@@ -75,8 +74,19 @@ export DOCKER
 
 # ------------------------------------------------------------------------------------------------ a base and the images
 
+git clone -q . "$work/clone"
+cd "$work/clone"
+mkdir .venv
+ln -s "$root"/.venv/* .venv/
+cp "$root/uv.lock" .
+sleep 1 # newest of all, in this order: set-up is done
+touch .venv/.setup
+sleep 1
+touch uv.lock
+
 default=$(sed -n 's/^ARG BASE_IMAGE=//p' docker/Dockerfile)
-if [ -z "${BASE_IMAGE:-}" ] && ! timeout 60 docker pull -q "$default" >/dev/null 2>&1; then
+limit=$(command -v timeout || true) # macOS has none
+if [ -z "${BASE_IMAGE:-}" ] && ! ${limit:+timeout 120} docker pull -q "$default" >/dev/null 2>&1; then
     may_install || skip "$default cannot be pulled, and this is not root on Debian or Ubuntu, who could make a base"
     install debootstrap debootstrap debian-archive-keyring || skip "debootstrap cannot be installed: $(tail -1 "$work/apt.log")"
     export BASE_IMAGE=synthmill-base:bookworm
@@ -91,7 +101,8 @@ if [ -z "${BASE_IMAGE:-}" ] && ! timeout 60 docker pull -q "$default" >/dev/null
 fi
 
 # The index as a secret, with a password in it that must not be found in any image (tests/test_docker.py looks for it).
-index=$(.venv/bin/python -c 'from pip._internal.models.index import PyPI; print(PyPI.simple_url)')
+find_index='from pip._internal.models.index import PyPI; print(PyPI.simple_url)'
+index=$(.venv/bin/python -c "$find_index" 2>/dev/null || python3 -c "$find_index" 2>/dev/null || true)
 export PACKAGE_INDEX="${PACKAGE_INDEX:-${index/:\/\//:\/\/synthmill:not-a-real-password@}}"
 export DOCKER_BUILD_FLAGS="${DOCKER_BUILD_FLAGS:---network host --progress plain}"
 SECONDS=0
@@ -103,19 +114,13 @@ say "images in $seconds s"
 
 # ------------------------------------------------------------------------------------------------ the same bytes
 
-git clone -q . "$work/clone"
-mkdir "$work/clone/.venv"
-ln -s "$root"/.venv/* "$work/clone/.venv/"
-cp "$root/uv.lock" "$work/clone/uv.lock"
-touch -d '+1 second' "$work/clone/.venv/.setup"
-touch -d '+2 seconds' "$work/clone/uv.lock"
 for runner in docker native; do
     SECONDS=0
-    env -u APIS -u BUDGET_USD -u LIMIT -u RUN -u STANDIN_URL make -C "$work/clone" trial RUNNER=$runner >"$work/$runner.log" 2>&1 ||
+    env -u APIS -u BUDGET_USD -u LIMIT -u RUN -u STANDIN_URL make trial RUNNER=$runner >"$work/$runner.log" 2>&1 ||
         { tail -40 "$work/$runner.log"; exit 1; }
     say "make trial RUNNER=$runner in $SECONDS s"
     mkdir "$work/$runner"
-    mv "$work/clone/data/trial" "$work/clone/data/cache" "$work/$runner/"
+    mv data/trial data/cache "$work/$runner/"
 done
 grep -q '^runner: docker' "$work/docker.log" || { echo "error: the trial did not run in containers" >&2; exit 1; }
 # Reports hold times, and where they were made; .runner is a note of the runner to itself.

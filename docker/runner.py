@@ -106,7 +106,7 @@ STAGES = {
     "02_merge": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
     "03_compress": ASKING._replace(image="data", live=(*ASKING.live, *HUB), reads=("models",), memory="4g"),
     "04_validate": ASKING,
-    "05_extract_qa": ASKING._replace(reads=("data/inputs",)),
+    "05_extract_qa": ASKING._replace(variables=("FACTS", *ASKING.variables), reads=("data/inputs",)),
     "06_validate_qa": ASKING,
     "07_converse": ASKING,
     "08_pattern": ASKING._replace(reads=("data/inputs",)),
@@ -411,6 +411,8 @@ def mounts(flags: Flags, mode: str) -> dict[str, bool]:
         os.makedirs(directory, exist_ok=True)
     reads = [os.path.join(ROOT, name) for name in ("shared", "stages", *needs.reads)]
     reads += [mark, flags.config, *beside(flags.input)]
+    if "FACTS" in needs.variables and (facts := os.environ.get("FACTS")):  # read when there is no --in
+        reads.append(os.path.join(ROOT, facts))
     if flags.stage == "01_acquire":
         reads += sources(loaded(flags.config))
     if mode == "live" and (certificates := os.environ.get("SSL_CERT_FILE")) and needs.network:
@@ -418,13 +420,14 @@ def mounts(flags: Flags, mode: str) -> dict[str, bool]:
     seen: dict[str, bool] = {}
     for path, writable in [*((path, True) for path in writes), *((path, False) for path in reads)]:
         for place in dict.fromkeys((path, os.path.realpath(path))):  # a link, and where it points
-            if os.path.exists(place) and not any(is_in(place, other) for other in seen):
+            # Never the whole repository, whatever a setting says: .env is in it.
+            if os.path.exists(place) and not is_in(ROOT, place) and not any(is_in(place, other) for other in seen):
                 seen[place] = writable
     return seen
 
 
 def is_in(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(directory + os.sep)
+    return path == directory or path.startswith(directory.rstrip(os.sep) + os.sep)
 
 
 def cache(flags: Flags) -> str:

@@ -23,9 +23,9 @@ def main(groups: list[str]) -> None:
             "  next: make setup PYTHON=python3.12   (macOS: brew install python@3.12)"
         )
     python = VENV / "bin" / "python"
-    if not python.exists():
+    if not (VENV / "bin" / "pip").exists():
         print(f"set-up: .venv with Python {sys.version_info[0]}.{sys.version_info[1]}", file=sys.stderr)
-        venv.create(VENV, with_pip=True)
+        venv.create(VENV, with_pip=True, clear=True)
     quiet = ["--quiet", "--disable-pip-version-check", "--require-hashes"]
     subprocess.run([python, "-m", "pip", "install", *quiet, "-r", LOCKS / "uv.txt"], check=True)
     files = [argument for group in groups for argument in ("-r", LOCKS / f"{group}.txt")]

@@ -162,6 +162,8 @@ class Panel:
                 return Unjudged(reason=verdict.problem, detail=f"judge {self.judge} on {task}: {verdict.detail}")
             judged = verdict.parsed.equivalent
         similarity = await self.similarity(a, b, code=TASKS[task] is Code)
+        if similarity is None:
+            return Unjudged(reason="bad_request", detail=f"{self.embedder} refuses {model}'s answer on {task}")
         score = TaskScore(task=task, similarity=similarity, verbose_reply=full.key, compressed_reply=short.key)
         return score, judged
 
@@ -171,13 +173,15 @@ class Panel:
             Request(model=model, messages=messages, max_tokens=self.max_tokens, response=TASKS[task])
         )
 
-    async def similarity(self, a: str, b: str, *, code: bool = False) -> float:
-        """0 to 1, four decimals; 1 for equal texts, 0 when one says nothing."""
+    async def similarity(self, a: str, b: str, *, code: bool = False) -> float | None:
+        """0 to 1, four decimals; 1 for equal texts, 0 when one says nothing; None when the embedder refuses one."""
         if a == b:
             return 1.0
         if not a.strip() or not b.strip():
             return 0.0
         one, two = await self.models.embed(self.embedder, [a, b], self.dimensions)
+        if one is None or two is None:
+            return None
         return round(max(0.0, cosine(one, two)) * agreement(a, b, code=code), 4)
 
 

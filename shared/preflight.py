@@ -358,7 +358,12 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
                     network[f"dataset {source.dataset}"] = partial(dataset, source)
         if hasattr(params, "generator"):
             checks += generator(module, params)
-        for call in module.calls(params, one) if hasattr(module, "calls") else ():
+        try:
+            calls = module.calls(params, one) if hasattr(module, "calls") else ()
+        except SynthmillError as error:  # an input that is missing is a line of the table, not its end
+            checks.append(missed(f"input {name}", error))
+            continue
+        for call in calls:
             asked.setdefault((call.model.partition("/")[0], call.base_url), set()).add(call.model)
     if whole and (silent := unforeseen(run)):
         found = f"{', '.join(silent)} ask models that are not checked here and not in the estimate"

@@ -357,7 +357,7 @@ class Example(Record):
 
     Attributes:
         messages: system, user and assistant turns; the last is the assistant's.
-        split: from a hash of ``group``; adding data never moves an example to another split.
+        split: from a hash of ``group``, so adding data moves an example only when it joins it to another cluster.
         group: cluster id; near-duplicates share it and so never straddle splits.
     """
 

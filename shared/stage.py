@@ -41,6 +41,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -335,6 +336,15 @@ class Stage(Generic[P]):
                 else:
                     yield record
                 bar.step()
+
+    def peek(self, kind: Any) -> Iterator[Any]:
+        """The input's records without counting them: to look at all of it before anything is spent."""
+        adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        if self.input is not None and self.input.exists():
+            with open(self.input, "rb") as lines:
+                for line in itertools.islice(lines, self.limit or None):
+                    if (record := parse_line(line, adapter)[2]) is not None:
+                        yield record
 
     def plan(self, count: int = 1) -> None:
         """Announce records this stage will keep or reject; ``read`` does it for every input line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -160,7 +161,7 @@ def test_bfloat16_is_moved_bit_by_bit(peft: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_written_safetensors_own_reader_reads(tmp_path: Path) -> None:
-    values = {"wide": np.arange(6, dtype=np.float32).reshape(2, 3), "thin": np.ones((1, 5), np.float16)}
+    values: dict[str, Any] = {"wide": np.arange(6, dtype=np.float32).reshape(2, 3), "thin": np.ones((1, 5), np.float16)}
     raw = {name: Tensor("F32" if v.itemsize == 4 else "F16", v.view(f"<u{v.itemsize}")) for name, v in values.items()}
     write_tensors(tmp_path / "a.safetensors", raw, {"format": "pt"})
     read = load_file(tmp_path / "a.safetensors")
@@ -297,7 +298,7 @@ def test_files_that_are_missing_or_cut_off_are_told(peft: Path, tmp_path: Path) 
     with pytest.raises(SettingsError, match="not a whole safetensors file"):
         read_peft(peft, BASE)
     (peft / WEIGHTS).unlink()
-    with pytest.raises(SettingsError, match="there is no .*adapter_model"):
+    with pytest.raises(SettingsError, match=r"there is no .*adapter_model"):
         read_peft(peft, BASE)
     (peft / CONFIG).write_text("{", "utf-8")
     with pytest.raises(SettingsError, match="is not JSON"):
@@ -360,8 +361,8 @@ def test_a_peft_adapter_made_from_mlx_gives_the_logits_mlx_gives(
 @needs_peft
 @pytest.mark.parametrize("head", ["", "model.unembed_tokens"])
 def test_logits_are_those_of_transformers_and_peft(model: Path, peft: Path, tmp_path: Path, head: str) -> None:
-    import peft as peft_library
-    import torch
+    torch: Any = importlib.import_module("torch")
+    peft_library: Any = importlib.import_module("peft")
     from transformers import AutoModelForCausalLM
 
     if head:

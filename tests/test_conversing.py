@@ -333,7 +333,7 @@ def test_dialogues_about_a_stock_chunk_differ_by_a_word_or_two() -> None:
     answer = chunk.splitlines()[-1].removeprefix("- ")
     vectors, texts = [], set()
     for persona in ("developer", "finance", "executive"):
-        for turns in (1, 2, 3, 4):
+        for turns in (1, 2, 3):
             prompt = converse_prompt(qa_pair(answer=answer, chunk=chunk), plan(persona=persona, turns=turns))
             if conversing.fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, ""):
                 continue
@@ -342,7 +342,7 @@ def test_dialogues_about_a_stock_chunk_differ_by_a_word_or_two() -> None:
                 continue
             texts.add("\n\n".join(turn.content for turn in made))
     vectors = [embedding.vector(text, 1024) for text in texts]
-    assert len(texts) >= 6
+    assert len(texts) >= 5
     assert all(sum(x * y for x, y in zip(one, other, strict=True)) >= 0.95 for one in vectors for other in vectors)
 
 

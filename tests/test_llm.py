@@ -160,15 +160,21 @@ def test_each_text_is_embedded_once_whoever_asks(standin: StandinLog, data: Path
         assert before["tokens"] == 3 * m.spending().input_tokens, "three texts of one length, each paid for once"
 
 
-@pytest.mark.parametrize("fault", ["400", "500"])
-def test_a_text_without_a_vector_is_an_error_for_a_person(
-    standin_with: StandinWith, data: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+def test_an_embedder_that_is_down_is_an_error_for_a_person(
+    standin_with: StandinWith, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shared.llm.models.FAILURES", 2)
-    standin_with(faults=f"{fault}=1")
-    with models(data, EMBEDDER) as m, pytest.raises(ProviderError, match=fault) as refused:
+    standin_with(faults="500=1")
+    with models(data, EMBEDDER) as m, pytest.raises(ProviderError, match="500") as refused:
         m.one(m.embed(EMBEDDER, ["a text"], 64))
     assert "run the same command" in refused.value.mend
+
+
+def test_a_text_the_embedder_refuses_has_no_vector_and_the_others_have(standin: StandinLog, data: Path) -> None:
+    with models(data, EMBEDDER) as m:
+        one, none, two = m.one(m.embed(EMBEDDER, ["a text", "word " * 9000, "b text"], 64))
+        assert one is not None and none is None and two is not None
+        assert m.one(m.embed(EMBEDDER, ["b text", "a text"], 64)) == [two, one]
 
 
 def test_texts_are_packed_to_what_a_request_may_hold(standin: StandinLog, data: Path) -> None:
@@ -455,8 +461,9 @@ def test_a_model_is_provider_and_name(standin: StandinLog, data: Path, name: str
 
 
 def test_a_text_too_long_for_a_known_price_is_not_sent(standin: StandinLog, data: Path) -> None:
-    with models(data) as m, pytest.raises(BudgetError, match="the price above 100,000 is not known"):
-        m.one(m.ask(question(CLAUDE, "word " * 200_000)))
+    with models(data) as m:
+        reply = m.one(m.ask(question(CLAUDE, "word " * 200_000)))
+    assert reply.problem == "bad_request" and "above 100,000 is not known" in reply.detail
     assert answers(standin) == []
 
 

@@ -17,11 +17,12 @@ import pytest
 
 from tests.conftest import ROOT, copy_of_repository, make
 
-STAGES = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists())
+STAGES = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists() and path.name < "14")
+"""Those that make records; 14 to 16 make receipts, and a rule of their own kind."""
 DESIGN = {
-    "compression": ("01", "02", "03", "04", "10", "11", "12", "13", "14", "15", "16"),
-    "grounded": ("05", "06", "07", "09", "10", "11", "12", "13", "14", "15", "16"),
-    "patterns": ("08", "09", "10", "11", "12", "13", "14", "15", "16"),
+    "compression": ("01", "02", "03", "04", "10", "11", "12", "13"),
+    "grounded": ("05", "06", "07", "09", "10", "11", "12", "13"),
+    "patterns": ("08", "09", "10", "11", "12", "13"),
 }
 """Which stages each track has, in order."""
 PLAN = {track: [stage for stage in STAGES if stage[:2] in numbers] for track, numbers in DESIGN.items()}
@@ -112,6 +113,10 @@ def built(fresh: Path, run_make: Make) -> Path:
     age = 1_000_000_010
     for run in ("trial", "full"):
         for line in run_make("-n", run).stdout.splitlines():
+            if mark := re.match(rf"touch (data/{run}/\S+)", line):  # with which variables the run was made
+                (fresh / mark[1]).parent.mkdir(parents=True, exist_ok=True)
+                (fresh / mark[1]).touch()
+                os.utime(fresh / mark[1], (1_000_000_003, 1_000_000_003))
             if match := STEP.search(line):
                 out = fresh / match[2]
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -257,6 +262,13 @@ def test_limit_reaches_every_stage(run_make: Make) -> None:
     assert {match[5] for match in STEP.finditer(plan)} == {"7"}
 
 
+@pytest.mark.parametrize("variable", ["LIMIT=7", "FACTS=data/inputs/README.md"])
+def test_a_run_made_with_other_variables_is_made_again(built: Path, run_make: Make, variable: str) -> None:
+    assert run_make("-q", "trial").returncode == 0
+    assert len(steps(run_make("-n", "trial", variable).stdout)) == sum(map(len, PLAN.values())), "or a few would do"
+    assert run_make("-q", "trial").returncode == 0, "planning it changed nothing"
+
+
 # ---------------------------------------------------------------- help and directories
 
 
@@ -272,7 +284,7 @@ def test_help_names_every_target_and_every_variable(run_make: Make) -> None:
     targets_shown, variables_shown = (
         set(re.findall(r"^  (\w+) ", part, re.M)) for part in shown.split("\nvariables\n")
     )
-    assert targets_shown == set(words(r"\.PHONY")) - {"FORCE"}
+    assert targets_shown == {word for word in words(r"\.PHONY") if re.fullmatch(r"[a-z]\w*", word)}
     assert variables_shown == set(re.findall(r"^(\w+) *\?=", (ROOT / "Makefile").read_text(), re.M))
 
 
@@ -284,7 +296,7 @@ def test_every_stage_has_a_rule_a_help_line_and_its_settings() -> None:
         assert re.search(rf"^stage{int(stage[:2])}: .*## {name}: ", makefile, re.M), f"no help line for {stage}"
         for run in ("trial", "full"):
             assert (ROOT / "stages" / stage / f"{run}.toml").exists()
-    ruled = set(re.findall(r"^\$\(call out,(\d\d_\w+),", makefile, re.M))
+    ruled = {stage for stage in re.findall(r"^\$\(call out,(\d\d_\w+),", makefile, re.M) if stage < "14"}
     assert ruled == set(STAGES), "and no rule is for a stage that does not exist"
 
 

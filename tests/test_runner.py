@@ -313,6 +313,24 @@ def test_a_pattern_at_the_top_of_the_repository_mounts_the_files_it_matches_not_
     assert found == {str(path) for path in ROOT.glob("*.md")}
 
 
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_no_setting_mounts_the_whole_repository(place: str, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "my.toml"
+    tables = [f'kind = "git"\nurl = "{place}"', f'kind = "claude_export"\npath = "{place}"']
+    config.write_text("".join(f"[[sources]]\n{table}\n" for table in tables))
+    found = runner.mounts(flags("01_acquire", data, config=config), "live")
+    assert not [path for path in found if Path(path) == ROOT or Path(path) in ROOT.parents]
+
+
+def test_the_facts_of_extract_qa_are_mounted_wherever_they_are(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = tmp_path / "facts.md"
+    facts.write_text("- a fact\n")
+    monkeypatch.setenv("FACTS", str(facts))
+    assert runner.mounts(flags("05_extract_qa", data), "mock")[str(facts)] is False
+
+
 def test_settings_that_are_no_settings_are_left_to_the_stage(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "my.toml"
     config.write_text('sources = [1, "x"]\n')
@@ -345,7 +363,8 @@ def run(stage: str, data: Path, *more: str, **environment: str) -> subprocess.Co
     out = data.parent / "patterns" / f"{stage}.jsonl"
     given = ["--out", str(out), "--config", config, "--track", "patterns", "--limit", "5", *more]
     command = [sys.executable, "docker/runner.py", script, *given]
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"RUNNER": "auto"} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 

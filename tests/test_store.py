@@ -159,6 +159,24 @@ def test_processes_share_one_file(path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
+def test_processes_that_open_a_new_store_at_the_same_moment_all_get_it(tmp_path: Path) -> None:
+    # `make -j` does this: the first stages of several tracks start together.
+    code = (
+        "import pathlib, sys, time\n"
+        "from tests.test_store import fill\n"
+        "root, start = pathlib.Path(sys.argv[1]), float(sys.argv[2])\n"
+        "for n in range(20):\n"
+        "    time.sleep(max(0.0, start + n * 0.1 - time.time()))\n"
+        "    fill(root / str(n) / 'mock.sqlite', *(f'{sys.argv[3]}{k}' for k in range(3)))\n"
+    )
+    start = str(time.time() + 3)
+    pipes: dict[str, Any] = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path, start, name], **pipes) for name in "abcdef"]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6, said
+
+
 # ---------------------------------------------------------------- versions and broken files
 
 

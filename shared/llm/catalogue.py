@@ -26,13 +26,16 @@ class Price(Part):
     input: float
     output: float
     cached: float | None = None
+    write: float | None = None
     until: datetime.date | None = None
 
     def nano(self, usage: Usage, batch: bool = False) -> int:
         """The price of a call in nanodollars; half for a batch."""
         cached = self.input if self.cached is None else self.cached
-        fresh = usage.input - usage.cached
-        total = fresh * _nano(self.input) + usage.cached * _nano(cached) + usage.output * _nano(self.output)
+        write = self.input if self.write is None else self.write
+        fresh = usage.input - usage.cached - usage.written
+        total = fresh * _nano(self.input) + usage.cached * _nano(cached) + usage.written * _nano(write)
+        total += usage.output * _nano(self.output)
         return total // 2 if batch else total
 
 
@@ -111,7 +114,9 @@ class Catalogue:
                 f"{request.model}: up to {tokens:,} tokens asked; the price above {card.max_input:,} is not known",
                 "shorten the texts, or add the price to shared/llm/models.toml",
             )
-        return card.price().nano(Usage(input=tokens, output=request.max_tokens))
+        price = card.price()
+        written = tokens if price.write else 0  # the dearest an input token can be
+        return price.nano(Usage(input=tokens, written=written, output=request.max_tokens))
 
 
 @functools.cache

@@ -71,6 +71,7 @@ class Models:
         self._runner = asyncio.Runner()
         self._spending = Spending()
         self._nano = 0
+        self._told_waiting = False
         self._counts: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -330,6 +331,9 @@ class Models:
         if self.budget_nano is None or nano == 0:
             return 0
         while not await self.store.reserve(self.run, nano, self.budget_nano):
+            if not self._told_waiting:
+                self._told_waiting = True
+                print("waiting: the rest of BUDGET_USD is set aside for calls of another process", file=sys.stderr)
             await asyncio.sleep(RESERVE_AGAIN_S)
         return nano
 
@@ -389,12 +393,14 @@ class Models:
 
     # -- embeddings
 
-    async def embed(self, model: str, texts: list[str], dimensions: int) -> list[array.array[float]]:
+    async def embed(self, model: str, texts: list[str], dimensions: int) -> list[array.array[float] | None]:
         """Vectors of ``texts``, float32, in order; each text is paid for once, whoever asks.
+
+        None for a text the provider refuses (too long for the model, say).
 
         Raises:
             SettingsError: the provider has no embeddings we speak.
-            BudgetError, KeyMissingError, ProviderError: as :meth:`ask`; ProviderError also for a text it refuses.
+            BudgetError, KeyMissingError, ProviderError: as :meth:`ask`.
         """
         assert model in self._required, f"{self.stage} must call models.require({model!r}) first"
         provider = self.require_embedder(model)
@@ -408,9 +414,9 @@ class Models:
         tasks = {self._inflight[key] for key in missing}
         try:
             await asyncio.gather(*(asyncio.shield(task) for task in tasks))
-        except (BadRequestError, TransientError) as error:
+        except TransientError as error:
             raise ProviderError(
-                f"no vectors: {error}", "everything answered is saved; mend what it says, then run the same command"
+                f"no vectors: {error}", "everything answered is saved; when the provider is back, run the same command"
             ) from error
         return [_floats(self.store.vector(key)) for key in keys]
 
@@ -420,6 +426,13 @@ class Models:
         reserved = await self._reserve(worst)
         try:
             vectors, usage = await self._persist(model, lambda: provider.embed(wire))
+        except BadRequestError:
+            await self.store.release(reserved)
+            # One text may spoil the request for all: ask for each half, down to the text that is refused alone.
+            rows = list(part.items())
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ():
+                await self._embed_part(provider, model, dict(half), dimensions)
+            return
         except BaseException:
             await self.store.release(reserved)
             raise
@@ -450,8 +463,9 @@ def _bound(text: str) -> int:
     return len(text.encode("utf-8", "replace")) + 1
 
 
-def _floats(data: bytes | None) -> array.array[float]:
-    assert data is not None
+def _floats(data: bytes | None) -> array.array[float] | None:
+    if data is None:
+        return None
     vector = array.array("f")
     vector.frombytes(data)
     return vector

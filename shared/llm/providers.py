@@ -121,7 +121,8 @@ class Anthropic:
             raise TransientError("anthropic answered 200 without content or usage")
         usage = message.usage
         cached = usage.cache_read_input_tokens or 0
-        total = (usage.input_tokens or 0) + cached + (usage.cache_creation_input_tokens or 0)
+        written = usage.cache_creation_input_tokens or 0
+        total = (usage.input_tokens or 0) + cached + written
         stop: Stop = "stop"
         if message.stop_reason in ("max_tokens", "model_context_window_exceeded"):
             stop = "length"
@@ -131,7 +132,7 @@ class Anthropic:
             text=next((b.text for b in message.content if b.type == "text"), ""),
             stop=stop,
             detail=str(message.stop_reason or ""),
-            usage=Usage(input=total, output=usage.output_tokens or 0, cached=cached),
+            usage=Usage(input=total, output=usage.output_tokens or 0, cached=cached, written=written),
             served_by=str(message.model or ""),
         )
 
@@ -215,6 +216,7 @@ class OpenAI:
                 input=getattr(usage, "prompt_tokens", 0) or 0,
                 output=getattr(usage, "completion_tokens", 0) or 0,
                 cached=getattr(details, "cached_tokens", 0) or 0,
+                written=getattr(details, "cache_write_tokens", 0) or 0,
             ),
             served_by=completion.model or "",
         )

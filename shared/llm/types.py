@@ -66,15 +66,22 @@ class Request(BaseModel):
 
 
 class Usage(Part):
-    """Tokens as the provider counted them; ``output`` includes thinking, ``cached`` is the cheap part of ``input``."""
+    """Tokens as the provider counted them; ``output`` includes thinking.
+
+    ``cached`` and ``written`` are parts of ``input``: read from the provider's prompt cache, and written to it.
+    """
 
     input: int = 0
     output: int = 0
     cached: int = 0
+    written: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
-            input=self.input + other.input, output=self.output + other.output, cached=self.cached + other.cached
+            input=self.input + other.input,
+            output=self.output + other.output,
+            cached=self.cached + other.cached,
+            written=self.written + other.written,
         )
 
 

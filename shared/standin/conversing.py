@@ -60,7 +60,7 @@ DIALOGUE_FAULTS = {
 """Shares of the dialogues of :func:`converse`, by what is wrong with them."""
 STUBBORN_LENGTH = 0.015
 """Share of dialogue prompts whose length is wrong whatever the attempt."""
-STOCK_SHARE = 0.06
+STOCK_SHARE = 0.045
 """Share of chunks about which every dialogue is the same but for a word or two: near-duplicates."""
 
 

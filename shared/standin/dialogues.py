@@ -406,7 +406,8 @@ class Dialogue:
         self._exchange(user, f"{self.dice.pick(_COMES_DOWN)} {lowered(self.fact.main)}.")
 
     def _subject(self) -> str:
-        return lowered(self.fact.subject) if self.fact.subject else "it"
+        """What the dialogue is about, in a few words."""
+        return lowered(self.fact.subject or " ".join(self.fact.text.rstrip(".").split()[:5]))
 
     # ------------------------------------------------------------ how it is typed
 
@@ -420,7 +421,8 @@ class Dialogue:
         for word, short in _PHONE:
             text = re.sub(rf"\b{word}\b", short, text, flags=re.I)
         words = text.split()
-        long = [i for i, word in enumerate(words) if re.fullmatch(r"[a-z]{5,}", word)]
+        known = set(self.plan.chunk.lower().split())  # what it is about stays readable
+        long = [i for i, word in enumerate(words) if re.fullmatch(r"[a-z]{5,}", word) and word not in known]
         if long:  # one slip: two neighbouring letters change places
             i = self.dice.pick(long)
             at = 1 + int(self.dice.share() * (len(words[i]) - 3))

@@ -171,13 +171,14 @@ def unsupported(text: str, source: str) -> list[tuple[str, list[str]]]:
 
 def _turned(sentence: str, source: str) -> str:
     """``not`` when a sentence repeats one of the source, but one of them has a negation the other lacks."""
-    said = states(sentence)
+    tail = sentence.rpartition(": ")[2]  # what stands before a colon leads in, and may deny something else
+    body = tail if len(stems(tail)) >= 3 else sentence
+    said = stems(body)
     if len(said) < 3:
         return ""
-    body = sentence.rpartition(": ")[2] if len(states(sentence.rpartition(": ")[2])) >= 3 else sentence
     denied, best, matched = _negations(body), 0.0, 0
     for other in sentences(source):
-        theirs = states(other)
+        theirs = stems(other)
         shared = len(said & theirs) / len(said | theirs) if theirs else 0.0
         if shared > best:
             best, matched = shared, _negations(other)

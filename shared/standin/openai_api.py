@@ -20,6 +20,7 @@ MODELS = (
     "gpt-6-luna",
     "gpt-5.6-luna",
     "gpt-5.4-mini",
+    "synthmill-compress",
     "text-embedding-3-small",
     "text-embedding-3-large",
 )

@@ -119,7 +119,7 @@ class Scores:
         for group in (("all", ""), ("domain", pair.domain), ("source", pair.source)):
             self.rows[group].append((verdicts.passed, ratio, verdicts.min_equivalence))
         for verdict in verdicts.panel:
-            passed = verdict.equivalence >= verdicts.threshold
+            passed = verdict.equivalence >= verdicts.threshold and verdict.judged is not False
             self.rows["model", verdict.model].append((passed, ratio, verdict.equivalence))
 
     def summary(self) -> dict[str, Any]:
@@ -180,6 +180,8 @@ def main(stage: Stage[Params]) -> None:
             judged = pair.with_field(verdicts=verdicts)
             if verdicts.passed:
                 stage.keep(judged)
+            elif verdicts.min_equivalence >= p.threshold:
+                stage.reject(judged, "judge_disagrees", f"{p.judge} calls answers different that score {p.threshold}")
             else:
                 lowest = min(verdicts.panel, key=lambda v: v.equivalence)
                 stage.reject(judged, "not_equivalent", f"{lowest.model}: {lowest.equivalence:.3f} of {p.threshold}")

@@ -12,6 +12,7 @@ Cost: one call a chunk; about $0.0005 at claude-haiku-5-5. `make estimate` says 
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,8 @@ from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Domain, QAPair, content_id
 from shared.stage import ROOT, Settings, Stage, run, shown
 
-FACTS = ROOT / "data" / "inputs" / "facts.md"
+FACTS = ROOT / (os.environ.get("FACTS") or "data/inputs/facts.md")
+"""The file that `make` was given; what is estimated and checked before the stage runs must be the same."""
 PAIR_TOKENS, QUESTION_AND_ANSWER_TOKENS = 90, 45
 """Of one pair as the model writes it, JSON and quote included, and of its question and answer; for the estimate."""
 

@@ -26,7 +26,14 @@ from shared.stage import Settings, Stage, run
 
 ANSWER_TOKENS = 50
 """Of one validation, for the estimate: four booleans and a sentence."""
-CRITERIA = ("supported", "complete", "self_contained", "no_invention")
+REASONS = {
+    "supported": "not_supported",
+    "complete": "not_complete",
+    "self_contained": "not_self_contained",
+    "no_invention": "invention",
+}
+"""The four criteria, and the reject reason of each."""
+CRITERIA = tuple(REASONS)
 
 
 class Params(Settings):
@@ -63,14 +70,14 @@ def main(stage: Stage[Params]) -> None:
     stage.models.require(p.model)
     system, template = stage.prompt("system.txt"), stage.prompt("validate.txt")
     passed_by = dict.fromkeys(CRITERIA, 0)
+    if any(pair.generated_by == p.model for pair in stage.peek(QAPair)):
+        raise SettingsError(
+            f"{p.model} wrote the pairs and cannot validate them",
+            "set another model in stages/06_validate_qa/<run>.toml",
+        )
 
     # -- process
     async def validate(pair: QAPair) -> Reply:
-        if pair.generated_by == p.model:
-            raise SettingsError(
-                f"{p.model} wrote the pairs and cannot validate them",
-                "set another model in stages/06_validate_qa/<run>.toml",
-            )
         # In one pass, so that a chunk may say {question} itself.
         prompt = re.sub(r"\{(chunk|question|answer)\}", lambda match: str(getattr(pair, match[1])), template)
         request = Request(model=p.model, messages=chat(system, prompt), max_tokens=p.max_tokens, response=Checked)
@@ -94,7 +101,7 @@ def main(stage: Stage[Params]) -> None:
                 stage.keep(record)
             else:
                 failed = [name for name, holds in held.items() if not holds]
-                stage.reject(record, f"not_{failed[0]}", f"{', '.join(failed)}: {validation.reason}")
+                stage.reject(record, REASONS[failed[0]], f"failed {', '.join(failed)}: {validation.reason}")
     stage.summary["pass_rates"] = {name: round(count / max(1, checked), 4) for name, count in passed_by.items()}
 
 

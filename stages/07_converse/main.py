@@ -12,6 +12,7 @@ Cost: one call a conversation; about $0.0006 at gpt-6-luna.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -115,6 +116,16 @@ def yields(params: Params, volumes: Mapping[Domain, Volume]) -> dict[Domain, Vol
     }
 
 
+def occurrences(plans: list[tuple[QAPair, Plan]]) -> list[tuple[int, tuple[QAPair, Plan]]]:
+    """Each pair and plan, with how many equal ones came before it."""
+    seen: Counter[tuple[str, Plan]] = Counter()
+    numbered = []
+    for pair, plan in plans:
+        numbered.append((seen[pair.id, plan], (pair, plan)))
+        seen[pair.id, plan] += 1
+    return numbered
+
+
 def main(stage: Stage[Params]) -> None:
     # -- load
     p = stage.params
@@ -139,7 +150,7 @@ def main(stage: Stage[Params]) -> None:
 
     # -- process
     async def converse(seeded: tuple[int, tuple[QAPair, Plan]]) -> tuple[Reply, str]:
-        number, (pair, plan) = seeded
+        occurrence, (pair, plan) = seeded
         request = Request(
             model=p.model,
             messages=chat(system, prompt_for(template, pair, plan, p)),
@@ -149,15 +160,15 @@ def main(stage: Stage[Params]) -> None:
         )
         fault = ""
         for attempt in range(TRIES):
-            # The place in the plan is part of the question: two equal plans for one pair are two conversations.
-            reply = await stage.models.ask(request.model_copy(update={"repeat": number * TRIES + attempt}))
+            # Two equal plans for one pair are two conversations: the second asks again.
+            reply = await stage.models.ask(request.model_copy(update={"repeat": occurrence * TRIES + attempt}))
             if reply.problem or not (fault := fault_of(reply.parsed.messages, plan.turns, plan.turns)):
                 break
         return reply, fault
 
     # -- save
     seen: set[str] = set()
-    for (_, (pair, plan)), (reply, fault) in stage.models.map(converse, list(enumerate(plans)), p.concurrency):
+    for (_, (pair, plan)), (reply, fault) in stage.models.map(converse, occurrences(plans), p.concurrency):
         stage.plan()
         if reply.problem:
             stage.reject(pair, reply.problem, reply.detail)

@@ -14,6 +14,8 @@ from typing import TypeVar
 from shared.records import Plan, QAPair, content_id
 
 V = TypeVar("V")
+BLOCK = 100
+"""Values a block; a share below 1/100 could lose one between two blocks."""
 
 
 def quotas(shares: Mapping[V, float], n: int) -> dict[V, int]:
@@ -28,9 +30,17 @@ def quotas(shares: Mapping[V, float], n: int) -> dict[V, int]:
 
 
 def dealt(shares: Mapping[V, float], n: int, seed: str) -> list[V]:
-    """``n`` values with exactly these quotas, in an order that depends on the seed alone."""
-    values = [value for value, count in quotas(shares, n).items() for _ in range(count)]
-    random.Random(seed).shuffle(values)
+    """``n`` values with the quotas of ``n``, in an order that depends on the seed alone.
+
+    They are dealt in blocks, each in its own order, so that a larger ``n`` changes the last block and adds others:
+    most conversations of a smaller run are conversations of a larger one, and paid for already.
+    """
+    values: list[V] = []
+    for start in range(0, n, BLOCK):
+        before, after = quotas(shares, start), quotas(shares, min(start + BLOCK, n))
+        block = [value for value in shares for _ in range(after[value] - before[value])]
+        random.Random(f"{seed} {start}").shuffle(block)
+        values += block
     return values
 
 

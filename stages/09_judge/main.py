@@ -122,8 +122,7 @@ def main(stage: Stage[Params]) -> None:
     definitions = {row["name"]: row["definition"] for row in rows}
     profile = (ROOT / p.profile).read_text("utf-8").strip() if p.profile else ""
 
-    # -- process
-    async def judge(record: Conversation) -> tuple[Reply, str]:
+    for record in stage.peek(Conversation):
         if record.generated_by == p.judge:
             raise SettingsError(
                 f"{p.judge} wrote these conversations and cannot judge them",
@@ -134,6 +133,9 @@ def main(stage: Stage[Params]) -> None:
                 f"no definition of {', '.join(sorted(unknown))}, which a conversation was to show",
                 "set `patterns` for this track in stages/09_judge/<run>.toml",
             )
+
+    # -- process
+    async def judge(record: Conversation) -> tuple[Reply, str]:
         request = Request(
             model=p.judge,
             messages=chat(system, prompt_for(template, record, p, definitions, profile)),

@@ -23,11 +23,9 @@ from shared.llm.volume import Calls, Volume
 from shared.records import AnyItem, Domain, Embedding, Item
 from shared.stage import Settings, Stage, run
 
-MAX_TOKENS = 8192
-"""Of one text, for OpenAI's embedding models (SDK docstring, openai 3.52.0)."""
 LOCAL = "local/hashed-ngrams"
 
-Vectors: TypeAlias = "list[array[float]]"  # quoted: array takes a type argument from Python 3.12 on only
+Vectors: TypeAlias = "list[array[float] | None]"  # quoted: array takes a type argument from Python 3.12 on only
 
 
 class Params(Settings):
@@ -51,19 +49,8 @@ def hashed_ngrams(text: str, dimensions: int) -> array[float]:
     return array("f", (x / norm for x in vector))
 
 
-def batches(stage: Stage[Params], size: int) -> Iterator[list[Item]]:
-    """The input in lists of ``size``; texts longer than the model takes go to the rejects."""
-
-    def fitting() -> Iterator[Item]:
-        for record in stage.read(AnyItem):
-            if (
-                len(record.content()) / 2 > MAX_TOKENS
-            ):  # no tokenizer makes more than a token of two characters of prose
-                stage.reject(record, "too_long", f"{len(record.content())} characters; at most {MAX_TOKENS} tokens")
-            else:
-                yield record
-
-    records = fitting()
+def batches(records: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """The records in lists of ``size``; the last may be shorter."""
     while batch := list(itertools.islice(records, size)):
         yield batch
 
@@ -83,7 +70,8 @@ def embedder(stage: Stage[Params]) -> Callable[[list[Item]], Coroutine[Any, Any,
     if p.model == LOCAL:
 
         async def local(batch: list[Item]) -> Vectors:
-            return [hashed_ngrams(record.content(), p.dimensions) for record in batch]
+            vectors: Vectors = [hashed_ngrams(record.content(), p.dimensions) for record in batch]
+            return vectors
 
         return local
     stage.models.require_embedder(p.model)
@@ -104,14 +92,19 @@ def main(stage: Stage[Params]) -> None:
 
     # -- process, and save as it comes
     with pq.ParquetWriter(stage.side_file(".parquet"), schema) as table:
-        for batch, vectors in stage.models.map(embedder(stage), batches(stage, p.batch), p.concurrency):
-            data = pa.py_buffer(b"".join(vector.tobytes() for vector in vectors))
-            flat = pa.Array.from_buffers(pa.float32(), len(batch) * p.dimensions, [None, data])
-            columns = [[r.id for r in batch], pa.FixedSizeListArray.from_arrays(flat, p.dimensions)]
+        read = batches(stage.read(AnyItem), p.batch)
+        for batch, vectors in stage.models.map(embedder(stage), read, p.concurrency):
+            found = [(record, vector) for record, vector in zip(batch, vectors, strict=True) if vector is not None]
+            data = pa.py_buffer(b"".join(vector.tobytes() for _, vector in found))
+            flat = pa.Array.from_buffers(pa.float32(), len(found) * p.dimensions, [None, data])
+            columns = [[record.id for record, _ in found], pa.FixedSizeListArray.from_arrays(flat, p.dimensions)]
             table.write_table(pa.table(columns, schema=schema))
-            for record in batch:
-                embedding = Embedding(key=record.id, model=p.model, dimensions=p.dimensions)
-                stage.keep(record.with_field(embedding=embedding))
+            for record, vector in zip(batch, vectors, strict=True):
+                if vector is None:
+                    stage.reject(record, "bad_request", f"{p.model} refuses this text; it is too long for it, perhaps")
+                else:
+                    embedding = Embedding(key=record.id, model=p.model, dimensions=p.dimensions)
+                    stage.keep(record.with_field(embedding=embedding))
 
 
 if __name__ == "__main__":

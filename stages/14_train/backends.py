@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from losses import Loss
 from rendering import Renderer, Row
+from run_directory import STATE
 
 from shared.adapters import Adapter
 from shared.receipts import BaseModelUsed, Checkpoint
@@ -23,7 +24,8 @@ class Work:
     Attributes:
         train: rows to learn from, in the order of their examples.
         valid: rows to measure on; may be empty.
-        directory: where the results go. What lies there is from a killed process with the same rows and settings.
+        directory: where the results go; made by the backend when there is something to write. What lies there already
+            is from a killed process with the same rows and settings.
         state: a directory inside it for what a backend needs to go on; gone when the run is finished.
         progress: a bar for so many steps.
     """
@@ -35,7 +37,7 @@ class Work:
 
     @property
     def state(self) -> Path:
-        return self.directory / "state"
+        return self.directory / STATE
 
 
 class Trained(NamedTuple):

@@ -68,10 +68,10 @@ def recent(losses: Sequence[Loss]) -> float:
 def draw(losses: Sequence[Loss], title: str) -> str:
     """An SVG of both curves over the steps: axes with ticks, two lines, their last values in the legend.
 
-    The training line is a running mean over a fiftieth of the steps: one batch says little.
+    The training line is a running mean over a twentieth of the steps, at least 5: one batch says little.
     """
     train = [loss for loss in losses if loss.split == "train"]
-    window = max(1, len(train) // 50)
+    window = max(5, len(train) // 20)
     curves = {"train": _running_mean(train, window), "valid": [(v.step, v.loss) for v in losses if v.split == "valid"]}
     points = [point for curve in curves.values() for point in curve]
     steps = _ticks(0, max(step for step, _ in points))
@@ -102,7 +102,7 @@ def draw(losses: Sequence[Loss], title: str) -> str:
         f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">'
         "loss (nats per token)</text>",
     ]
-    labels = {"train": "train" + (f", mean of {window} steps" if window > 1 else ""), "valid": "validation"}
+    labels = {"train": f"train, mean of {window} steps", "valid": "validation"}
     for place, (split, colour) in enumerate((("train", TRAIN), ("valid", VALID))):
         if not curves[split]:
             continue
@@ -110,7 +110,7 @@ def draw(losses: Sequence[Loss], title: str) -> str:
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         if split == "valid":
             parts += [f'<circle cx="{x(s):.1f}" cy="{y(v):.1f}" r="3" fill="{colour}"/>' for s, v in curves[split]]
-        left, last = LEFT + 220 * place, curves[split][-1]
+        left, last = LEFT + 310 * place, curves[split][-1]
         parts.append(f'<path d="M{left} 40h20" stroke="{colour}" stroke-width="2.5"/>')
         parts.append(f'<text x="{left + 26}" y="44">{labels[split]}: {last[1]:.4f} at step {last[0]}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,9 +1,9 @@
 """LoRA on this machine, with mlx-lm's model and our own loop.
 
-mlx-lm's trainer would do, but for what a kill costs: it saves weights alone, so a resumed run starts its step count, its
-data order and its optimizer anew. Here the state of a run is one file, replaced as a whole every ``save_every`` steps:
-adapter, optimizer, the best checkpoint so far and every loss. Nothing else is to be saved, because all chance is a
-function of the seed: the first weights, and which rows a step sees. So a killed run ends as one that was left alone,
+mlx-lm's trainer would do, but for what a kill costs: it saves weights alone, so a resumed run starts its step count,
+its data order and its optimizer anew. Here the state of a run is one file, replaced as a whole every ``save_every``
+steps: adapter, optimizer, the best checkpoint so far and every loss. Nothing else is to be saved, because all chance is
+a function of the seed: the first weights, and which rows a step sees. So a killed run ends as one that was left alone,
 on the CPU to the last bit.
 
 The loss is the mean over the assistant tokens of a batch. mlx-lm's own also counts one token of padding behind each
@@ -17,14 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 from backends import Trained, Work
 from losses import Loss, LossLog
-from pydantic import Field, model_validator
+from pydantic import Field
 from rendering import Renderer, Row
 
 from shared.adapters import LINEARS, MLX_FILES, Base, mlx_config, mlx_to_peft
@@ -61,12 +61,6 @@ class MlxTraining(Settings):
     save_every: int = Field(default=50, ge=1)
     gradient_checkpointing: bool = False
 
-    @model_validator(mode="after")
-    def _nothing_on_the_hub_unnamed(self) -> MlxTraining:
-        if self.revision and "/" not in self.model:
-            raise ValueError("revision is for a repository on the Hub, org/name")
-        return self
-
 
 # ---------------------------------------------------------------- what a step sees
 
@@ -78,7 +72,7 @@ def order_of(seed: int, epoch: int, rows: int) -> list[int]:
 
 
 def rows_of_step(step: int, batch_size: int, seed: int, rows: int) -> list[int]:
-    """The rows of a step, counted from 1: the next of an endless run of epochs. No row is left out, none comes early."""
+    """The rows of a step, counted from 1: the next ones of an endless row of epochs; none is left out."""
     places = range((step - 1) * batch_size, step * batch_size)
     return [order_of(seed, place // rows, rows)[place % rows] for place in places]
 
@@ -148,7 +142,7 @@ class State:
             "step": self.step,
             "trained_tokens": self.trained_tokens,
             "seconds": self.seconds,
-            "losses": self.losses,
+            "losses": [tuple(loss) for loss in self.losses],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
@@ -163,18 +157,19 @@ class State:
         """
         import mlx.core as mx
 
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        facts = orjson.loads(metadata.get("run", "{}"))
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
+        facts: dict[str, Any] = orjson.loads(metadata.get("run", "{}"))
         if facts.pop("format", "") != STATE_FORMAT:
             raise SettingsError(
                 f"{shown(path)} was written by another version of this code", f"rm -r {shown(path.parent.parent)}"
             )
         facts["losses"] = [Loss(*loss) for loss in facts["losses"]]
-        parts: dict[str, Arrays] = {"adapter": {}, "optimizer": {}, "best": {}}
+        parts: dict[str, Any] = {"adapter": {}, "optimizer": {}, "best": {}}
         for name, value in arrays.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
-        return cls(**parts, **facts)
+        return cls(**(parts | facts))
 
 
 def _diverged(step: int, why: str) -> SynthmillError:
@@ -201,7 +196,7 @@ class MlxBackend:
         self.settings, self.seed, self.services = settings, seed, services
         self.model = pinned_model("mlx.model", settings.model, settings.revision, "mlx.revision")
 
-    @property
+    @cached_property
     def base(self) -> BaseModelUsed:
         name = self.settings.base_model or self.settings.model
         return BaseModelUsed(model=self.model, identity=model_identity(self.model), name=name)
@@ -217,9 +212,11 @@ class MlxBackend:
                 f"mlx.batch_size = {settings.batch_size}, and there are only {len(work.train)} rows to train on",
                 "lower it, or make more data",
             )
-        run = Run(settings, self.seed, self._adaptable(), work)
-        run.go()
-        return self._export(run.state, work)
+        model = self._adaptable()
+        work.directory.mkdir(exist_ok=True)
+        training = Training(settings, self.seed, model, work)
+        training.go()
+        return self._export(training.state, work)
 
     def _adaptable(self) -> Any:
         """The model, frozen but for a new adapter that does nothing yet.
@@ -229,7 +226,8 @@ class MlxBackend:
         """
         import mlx.core as mx
         from mlx.utils import tree_flatten
-        from mlx_lm.tuner.utils import grad_checkpoint, linear_to_lora_layers
+        from mlx_lm.tuner.trainer import grad_checkpoint
+        from mlx_lm.tuner.utils import linear_to_lora_layers
 
         model, _ = load(self.model, "", self.services, **NEEDS)
         model.freeze()
@@ -306,7 +304,7 @@ def write_adapter(directory: Path, weights: Arrays, config: dict[str, Any]) -> N
 # ---------------------------------------------------------------- the loop
 
 
-class Run:
+class Training:
     """A training run from where its state is to its end.
 
     Raises:
@@ -342,8 +340,7 @@ class Run:
         if state.step:
             _say(f"14_train  goes on behind step {state.step} of {settings.iterations}")
         clock = time.monotonic() - state.seconds
-        with self.work.progress(settings.iterations) as bar:
-            bar.done = state.step
+        with self.work.progress(settings.iterations - state.step) as bar:
             if not state.step and not state.losses:
                 self._evaluate()
             while state.step < settings.iterations:
@@ -381,19 +378,20 @@ class Run:
             return
         state, total, tokens = self.state, 0.0, 0
         for rows in _chunks(sorted(self.valid, key=lambda row: -len(row.tokens)), self.settings.batch_size):
-            loss, counted = loss_of(self.model, batch_of(rows))
-            mx.eval(loss, counted)
+            batch_loss, counted = loss_of(self.model, batch_of(rows))
+            mx.eval(batch_loss, counted)
             mx.clear_cache()
-            total += loss.item() * counted.item()
+            total += batch_loss.item() * counted.item()
             tokens += int(counted.item())
-        self._check(state.step, "validation", total / max(1, tokens), tokens)
-        self._add(Loss(state.step, "valid", round(total / tokens, 6), tokens))
+        self._check(state.step, "validation", total, tokens)
+        loss = round(total / tokens, 6)
+        self._add(Loss(state.step, "valid", loss, tokens))
         train = [loss.loss for loss in self.log.of("train")[-self.settings.eval_every :]]
         mean = f"  train {sum(train) / len(train):.4f}" if train else ""
-        _say(f"14_train  step {state.step} of {self.settings.iterations}{mean}  validation {total / tokens:.4f}")
+        _say(f"14_train  step {state.step} of {self.settings.iterations}{mean}  validation {loss:.4f}")
         # Not step 0: there the adapter does nothing, and what is wanted is the best that was learnt.
-        if state.step and (state.best_loss is None or total / tokens < state.best_loss):
-            state.best_loss, state.best_step = round(total / tokens, 6), state.step
+        if state.step and (state.best_loss is None or loss < state.best_loss):
+            state.best_loss, state.best_step = loss, state.step
             state.best = self._weights()
 
     @staticmethod

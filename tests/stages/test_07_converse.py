@@ -205,7 +205,8 @@ def test_no_pairs_is_a_message_and_exit_4(standin: StandinLog, tmp_path: Path) -
 
 
 def test_planted_near_duplicates_are_removed_at_11_with_the_match_named(standin: StandinLog, tmp_path: Path) -> None:
-    run, pairs = Run(tmp_path, "grounded"), good_pairs(12)
+    run = Run(tmp_path, "grounded")
+    pairs = [pair for pair in good_pairs(14) if not is_stock(pair.chunk)]
     chunk = next(
         chunk
         for n in itertools.count(100)
@@ -221,6 +222,7 @@ def test_planted_near_duplicates_are_removed_at_11_with_the_match_named(standin:
     assert len(planted) >= 6
     removed = {row["record"]["id"]: row["match"] for row in rejects}
     assert {row["reason"] for row in rejects} == {"near_duplicate"}
-    # All of the planted but the first of its kind go, none of the others, and the match is one that stays.
-    assert set(removed) <= {row["id"] for row in planted} and len(removed) >= len(planted) - 2
+    # All of the planted but the first of its kind go, none of the others, and the match is one that stays. (A curt one
+    # is a kind of its own; 09, which is left out here, removes it.)
+    assert set(removed) <= {row["id"] for row in planted} and len(removed) >= len(planted) - 3
     assert set(removed.values()) <= {row["id"] for row in kept} & {row["id"] for row in planted}

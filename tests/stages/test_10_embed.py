@@ -93,7 +93,7 @@ def test_the_local_embedder_finds_copies_and_light_edits() -> None:
 
 
 def test_a_text_too_long_for_the_model_is_set_aside(standin: StandinLog, data: Path) -> None:
-    long = pair("word " * 4000)
+    long = pair("word " * 9000)
     short = pair("The short one.")
     done = embed(data, HOSTED, [long, short])
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_a_text_too_long_for_the_model_is_set_aside(standin: StandinLog, data: P
     (reject,) = (
         Reject.model_validate_json(line) for line in (data / "10_embed.rejects.jsonl").read_bytes().splitlines()
     )
-    assert reject.reason == "too_long" and "8192 tokens" in reject.detail
+    assert reject.reason == "bad_request" and "refuses this text" in reject.detail
 
 
 @pytest.mark.parametrize(
@@ -123,5 +123,13 @@ def test_wrong_settings_stop_it_before_anything_is_asked(
 def test_what_the_service_refuses_is_told_to_a_person(standin_with: StandinWith, data: Path) -> None:
     standin_with(faults="400=1")
     done = embed(data, HOSTED, [pair(text) for text in texts(2)])
-    assert done.returncode == 6
-    assert "answered 400" in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 4
+    assert "bad_request 2" in done.stderr and "next:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_text_the_service_refuses_does_not_spoil_the_others(standin: StandinLog, data: Path) -> None:
+    records = [pair(text) for text in texts(5)] + [pair("word " * 9000)] + [pair(f"and {text}") for text in texts(5)]
+    done = embed(data, HOSTED.replace("batch = 4", "batch = 16"), records)
+    assert done.returncode == 0, done.stderr
+    assert list(vectors(data)) == [record.id for n, record in enumerate(records) if n != 5]
+    assert embed(data, HOSTED.replace("batch = 4", "batch = 16"), records).returncode == 0

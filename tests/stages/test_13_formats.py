@@ -57,7 +57,7 @@ def test_a_conversation_without_an_exchange_breaks_every_format(name: str, turns
     assert bool(FORMATS[name].fault(line)) is not (name == "openai" and ends_with_assistant)
 
 
-GOOD = {
+GOOD: dict[str, list[Any]] = {
     "training": [{"messages": [U, A]}, {"messages": [S, U, A, U, A]}],
     "openai": [
         {"messages": [U, A]},
