@@ -14,11 +14,12 @@ BUDGET_USD ?=
 LIMIT     ?= 0
 FACTS     ?= data/inputs/facts.md
 PYTHON    ?= python3
+RUNNER    ?= auto
 ENGINE    ?= embedded
 RAY_ADDRESS ?=
 ID        ?=
 
-export APIS BUDGET_USD FACTS ENGINE RAY_ADDRESS
+export APIS BUDGET_USD FACTS ENGINE RAY_ADDRESS RUNNER
 export PYTHONPATH := $(CURDIR)
 
 PY     := .venv/bin/python
@@ -35,8 +36,8 @@ endif
 
 # out: the paths of one stage's output, for every run, for these tracks
 out = $(foreach run,$(RUNS),$(foreach track,$(2),data/$(run)/$(track)/$(1).jsonl))
-# stage: run one stage script on the target at hand
-stage = $(PY) stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
+# stage: run one stage script on the target at hand, in a container or natively (docker/runner.py)
+stage = $(PY) docker/runner.py stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
 # made: a file whose name is the variables that decide what a run holds; with other values there is no such file, so the
 # run is made again from its first stage (and pays only for what was never asked)
 made = data/$(1)/.limit-$(LIMIT)-facts-$(subst /,_,$(FACTS))
@@ -119,6 +120,12 @@ $(call out,13_format,$(TRACKS)): data/%/13_format.jsonl: \
     $(call prompts,03_compress,system user) $$(call again,13)
 	$(call stage,13_format,$<)
 
+# Training gives a receipt, not records. Code is no prerequisite: editing it never trains again, `make stage14` does.
+trained = $(foreach run,$(RUNS),$(foreach track,$(TRACKS),models/$(run)/$(track)/$(1).json))
+$(call trained,14_train): models/%/14_train.json: \
+    data/%/13_format.jsonl stages/14_train/$$(*D).toml $$(call again,14) | $$(@D)/. .venv/.setup
+	$(if $(filter stage14,$(MAKECMDGOALS)),RETRAIN=1) $(call stage,14_train,$<)
+
 %/.:
 	mkdir -p $@
 .PRECIOUS: %/.
@@ -128,8 +135,8 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean
-.PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13
+.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images
+.PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14
 
 trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys and no money while there is no .env
 full: RUN = full
@@ -153,9 +160,14 @@ stage11: $(call every,11_deduplicate) ## deduplicate: near-duplicates out, clust
 stage12: $(call every,12_choose) ## choose: the best, balanced by domain and source
 stage13: $(call every,13_format) ## format: training examples, splits, export directories
 
+stage14: models/$(RUN)/compression/14_train.json ## train: a LoRA adapter on MLX, in PEFT and MLX form, and its receipt; full only for now
+
 setup: .venv/.setup uv.lock ## the environment in .venv, from the hash-pinned exports, and uv.lock
 lock: .venv/.setup ## after editing pyproject.toml: write uv.lock and docker/requirements/ anew
 	$(PY) docker/lock.py
+
+images: .venv/.setup ## the container images, built when stale, with their sizes
+	$(PY) docker/images.py
 
 test: .venv/.setup uv.lock ## every test; touches no network but loopback
 	$(PY) -m pytest
@@ -189,6 +201,7 @@ help: ## this text
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
 	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
+	  RUNNER 'auto, docker or native: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
 	  ENGINE 'embedded or ray: where 02, 11 and 12 run (now: $(ENGINE))' \
 	  RAY_ADDRESS 'the Ray cluster, with ENGINE=ray; Ray itself is yours to install (now: $(RAY_ADDRESS))' \
 	  ID 'the record that make trace follows (now: $(ID))' \

@@ -122,6 +122,23 @@ def test_everything_that_can_change_the_answer_is_a_question_of_its_own(standin:
     assert len(set(keys)) == len(variants) == len(answers(standin))
 
 
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        (CLAUDE, "8f01e9df7d124dedd71f51e8f10d3de770e8725147c3b1811ade0cf7a01835b4"),
+        (GPT, "1311e00042801e9461e25b4c83ed69ab2ae05e0783fd38a5aa1625973516c496"),
+        (GEMINI, "bd5766c1cca7acb6ed347139edee7c646891f8bf4486e429ce1b5816ff96f504"),
+        (ENDPOINT, "d62427a2aea5072c47e8bd4531c17fcbbec906f7637639cc2d5bb0f94c9c0c2a"),
+    ],
+)
+def test_the_key_of_a_question_is_the_same_in_every_version(
+    standin: StandinLog, data: Path, model: str, key: str
+) -> None:
+    # Literal: with another key, every answer that was ever paid for is paid for again. Change it only for a reason.
+    with models(data) as m:
+        assert m.one(m.ask(question(model))).key == key
+
+
 def test_asked_at_once_by_many_it_is_sent_once(standin: StandinLog, data: Path) -> None:
     async def together(m: Models) -> list[Reply]:
         return await asyncio.gather(*(m.ask(question()) for _ in range(20)))

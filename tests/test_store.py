@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,6 +191,34 @@ def other_version(path: Path, version: int, journal: str) -> bytes:
     db.commit()
     db.close()
     return path.read_bytes()
+
+
+def test_a_store_of_the_first_version_is_still_read(path: Path) -> None:
+    # Literal: the tables and an answer as schema version 1 wrote them first. What was paid for then is found today.
+    path.parent.mkdir()
+    written = b'{"text":"yes","stop":"stop","detail":"","usage":{"input":12,"output":5,"cached":0},"served_by":"m"}'
+    with sqlite3.connect(path) as db:
+        db.executescript(
+            "CREATE TABLE replies (key TEXT PRIMARY KEY, request BLOB NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID;"
+            "CREATE TABLE vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID;"
+            "CREATE TABLE ledger (id INTEGER PRIMARY KEY, key TEXT NOT NULL, model TEXT NOT NULL, run TEXT NOT NULL,"
+            " track TEXT NOT NULL, stage TEXT NOT NULL, day TEXT NOT NULL, input INTEGER NOT NULL,"
+            " output INTEGER NOT NULL, cached INTEGER NOT NULL, nano INTEGER NOT NULL, batch INTEGER NOT NULL);"
+            "CREATE TABLE spent (run TEXT PRIMARY KEY, nano INTEGER NOT NULL) WITHOUT ROWID;"
+            "CREATE TABLE reserved (owner TEXT PRIMARY KEY, run TEXT NOT NULL, nano INTEGER NOT NULL, at REAL NOT NULL)"
+            " WITHOUT ROWID;"
+            "PRAGMA user_version = 1;"
+        )
+        db.execute("INSERT INTO replies VALUES ('k', ?, ?)", (zlib.compress(b'{"model":"m"}'), zlib.compress(written)))
+        db.execute("INSERT INTO spent VALUES ('trial', 250000000)")
+    db.close()
+    store = Store(path)
+    answer = store.answer("k")
+    assert answer is not None and (answer.text, answer.stop) == ("yes", "stop")
+    assert (answer.usage.input, answer.usage.output, answer.usage.cached) == (12, 5, 0)
+    assert store.request("k") == {"model": "m"} and store.spent_usd("trial") == 0.25
+    assert asked(store, store.put(entry("new"), WIRE, ANSWER)) == [None] and store.answer("new") == ANSWER
+    store.close()
 
 
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])

@@ -167,9 +167,7 @@ def is_fit(text: str) -> bool:
     """True for a text of 5 words or more with ordinary characters, no address and no secret."""
     words = text.split()
     ascii_share = sum(c.isascii() for c in text) / max(1, len(text))
-    return (
-        len(words) >= 5 and max(map(len, words)) <= MAX_WORD and ascii_share > 0.98 and not UNFIT.search(text)
-    )
+    return len(words) >= 5 and max(map(len, words)) <= MAX_WORD and ascii_share > 0.98 and not UNFIT.search(text)
 
 
 def texts_of_file(name: str, content: bytes) -> Iterator[tuple[str, str]]:
@@ -178,9 +176,7 @@ def texts_of_file(name: str, content: bytes) -> Iterator[tuple[str, str]]:
     if name.endswith(".py"):
         yield from (("code", f) for f in functions(text))
         yield from (("prose", p) for d in docstrings(text) for p in passages(d))
-    elif re.search(r"\.(rst|md|txt)$", name) and not re.search(
-        r"licen[cs]e|copying|authors|notice", name.lower()
-    ):
+    elif re.search(r"\.(rst|md|txt)$", name) and not re.search(r"licen[cs]e|copying|authors|notice", name.lower()):
         yield from (("prose", p) for p in passages(text))
     elif re.search(r"\.dist-info/METADATA$", name):
         yield from (("prose", p) for p in passages(text.partition("\n\n")[2]))
@@ -195,9 +191,7 @@ def texts_of_dist(path: Path, seed: int) -> list[Text]:
     if licence is None:
         print(f"skipped {metadata['Name']} {metadata['Version']}: licence not surely permissive")
         return []
-    rng = random.Random(
-        f"{seed} {metadata['Name']}"
-    )  # one distribution more or less changes no other's texts
+    rng = random.Random(f"{seed} {metadata['Name']}")  # one distribution more or less changes no other's texts
     found: dict[str, list[Text]] = {domain: [] for domain in DOMAINS}
     for name, content in files.items():
         if not SKIPPED_PATH.search(name):
@@ -215,9 +209,7 @@ def build_corpus(dists: Path, seed: int) -> tuple[list[Text], list[Text]]:
     held: list[Text] = []
     paths = [p for p in sorted(dists.iterdir()) if p.name.endswith((".whl", ".tar.gz"))]
     everything = [t for p in paths for t in texts_of_dist(p, seed)]
-    for text in sorted(
-        everything, key=lambda t: t.dist not in HELD_OUT
-    ):  # held-out first: they keep a duplicate
+    for text in sorted(everything, key=lambda t: t.dist not in HELD_OUT):  # held-out first: they keep a duplicate
         key = hashlib.sha256(" ".join(text.text.split()).encode()).digest()
         if key not in seen:
             seen.add(key)
@@ -236,9 +228,7 @@ def chunk(text: str, words: int, rng: random.Random) -> str:
     if kind < 0.4:
         first = 0
     elif kind < 0.8:
-        opens = [
-            i for i, (a, _) in enumerate(spans[: last + 1]) if i == 0 or _opens(text, a, spans[i - 1][1])
-        ]
+        opens = [i for i, (a, _) in enumerate(spans[: last + 1]) if i == 0 or _opens(text, a, spans[i - 1][1])]
         first = rng.choice(opens)
     else:
         first = rng.randint(0, last)
@@ -463,9 +453,7 @@ def write_recipe(path: Path, texts: list[Text], args: argparse.Namespace, result
             f'version = "{version}"',
             f'licence = "{licence}"',
         ]
-        lines += [f"{d}_texts = {counts[d]}" for d in DOMAINS] + [
-            f"held_out = {str(name in HELD_OUT).lower()}"
-        ]
+        lines += [f"{d}_texts = {counts[d]}" for d in DOMAINS] + [f"held_out = {str(name in HELD_OUT).lower()}"]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -482,20 +470,12 @@ def save_model(model: Qwen3ForCausalLM, out: Path) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--dists", type=Path, required=True, help="folder of downloaded wheels and source distributions"
-    )
-    p.add_argument(
-        "--out", type=Path, default=HERE, help="folder for weights, tokenizer, recipe and held-out sample"
-    )
+    p.add_argument("--dists", type=Path, required=True, help="folder of downloaded wheels and source distributions")
+    p.add_argument("--out", type=Path, default=HERE, help="folder for weights, tokenizer, recipe and held-out sample")
     p.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of system.txt and user.txt")
-    p.add_argument(
-        "--cache", type=Path, help="file that keeps the corpus between runs; none = build it each time"
-    )
+    p.add_argument("--cache", type=Path, help="file that keeps the corpus between runs; none = build it each time")
     p.add_argument("--seed", type=int, default=0, help="seed of corpus, batches and weights")
-    p.add_argument(
-        "--steps", type=int, default=20_000, help="optimiser steps; 0 = corpus, tokenizer and recipe only"
-    )
+    p.add_argument("--steps", type=int, default=20_000, help="optimiser steps; 0 = corpus, tokenizer and recipe only")
     p.add_argument("--minutes", type=float, default=1e9, help="stop training after this many minutes")
     p.add_argument("--batch-tokens", type=int, default=12_000, help="tokens in one step, padding included")
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -504,9 +484,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=4, help="transformer layers")
     p.add_argument("--width", type=int, default=128, help="hidden size, a multiple of 4")
     p.add_argument("--vocab", type=int, default=2048, help="tokens in the vocabulary")
-    p.add_argument(
-        "--max-tokens", type=int, default=900, help="longest prompt plus answer, without the system prompt"
-    )
+    p.add_argument("--max-tokens", type=int, default=900, help="longest prompt plus answer, without the system prompt")
     p.add_argument("--bf16", action="store_true", help="train in bfloat16")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
@@ -522,9 +500,7 @@ def load_corpus(args: argparse.Namespace) -> tuple[list[Text], list[Text]]:
         return [t for t in texts if t.dist not in HELD_OUT], [t for t in texts if t.dist in HELD_OUT]
     training, held = build_corpus(args.dists, args.seed)
     if args.cache:
-        args.cache.write_text(
-            "".join(json.dumps(asdict(t)) + "\n" for t in training + held), encoding="utf-8"
-        )
+        args.cache.write_text("".join(json.dumps(asdict(t)) + "\n" for t in training + held), encoding="utf-8")
     return training, held
 
 

@@ -27,9 +27,7 @@ _PERSONS = ("you", "your", "we", "us", "our")
 _FILLERS = ("also", "just", "very", "really", "quite", "rather", "simply", "basically", "actually", "such")
 _OPENERS = ("An", "The", "This", "That", "These", "Those", "It", "Its", "They", "Their", "There", "You")
 _OPENERS_TOO = ("Your", "We", "Our", "Also", "Such")
-STOP: Final = frozenset(
-    _ARTICLES + _VERBS + _AUXILIARIES + _POINTERS + _PERSONS + _FILLERS + _OPENERS + _OPENERS_TOO
-)
+STOP: Final = frozenset(_ARTICLES + _VERBS + _AUXILIARIES + _POINTERS + _PERSONS + _FILLERS + _OPENERS + _OPENERS_TOO)
 
 # Shortened. Words that are seldom bare identifiers, so that `return value` is left alone.
 SHORT: Final[dict[str, str]] = {
@@ -83,9 +81,7 @@ SHORT: Final[dict[str, str]] = {
 
 # A word before one of these is an operand, not a function word: `a = 1`, `x is None`, `for a in b`.
 OPERATORS: Final = "=+-*/%<>!|&^,:.)]}{;"
-OPERAND_BEFORE: Final = frozenset(
-    ("in", "and", "or", "if", "else", "None", "True", "False", "null", "true", "false")
-)
+OPERAND_BEFORE: Final = frozenset(("in", "and", "or", "if", "else", "None", "True", "False", "null", "true", "false"))
 
 
 def _is_operand(following: str) -> bool:

@@ -333,7 +333,7 @@ class Models:
         while not await self.store.reserve(self.run, nano, self.budget_nano):
             if not self._told_waiting:
                 self._told_waiting = True
-                print("waiting: the rest of BUDGET_USD is set aside for calls of another process", file=sys.stderr)
+                print("waiting: the rest of BUDGET_USD is set aside for calls under way", file=sys.stderr)
             await asyncio.sleep(RESERVE_AGAIN_S)
         return nano
 
