@@ -14,7 +14,7 @@ BUDGET_USD ?=
 LIMIT     ?= 0
 FACTS     ?= data/inputs/facts.md
 PYTHON    ?= python3
-RUNNER    ?= auto
+RUNNER    ?= native
 ENGINE    ?= embedded
 RAY_ADDRESS ?=
 ID        ?=
@@ -36,8 +36,10 @@ endif
 
 # out: the paths of one stage's output, for every run, for these tracks
 out = $(foreach run,$(RUNS),$(foreach track,$(2),data/$(run)/$(track)/$(1).jsonl))
-# stage: run one stage script on the target at hand, in a container or natively (docker/runner.py)
-stage = $(PY) docker/runner.py stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
+# runner: nothing when native; else docker/runner.py puts the stage into a container, or says why not
+runner = $(if $(filter native,$(RUNNER)),,docker/runner.py)
+# stage: run one stage script on the target at hand
+stage = $(PY) $(runner) stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --config stages/$(1)/$(*D).toml --track $(*F) --limit $(LIMIT)
 # made: a file whose name is the variables that decide what a run holds; with other values there is no such file, so the
 # run is made again from its first stage (and pays only for what was never asked)
 made = data/$(1)/.limit-$(LIMIT)-facts-$(subst /,_,$(FACTS))
@@ -201,7 +203,7 @@ help: ## this text
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
 	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
-	  RUNNER 'auto, docker or native: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
+	  RUNNER 'native, docker or auto: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
 	  ENGINE 'embedded or ray: where 02, 11 and 12 run (now: $(ENGINE))' \
 	  RAY_ADDRESS 'the Ray cluster, with ENGINE=ray; Ray itself is yours to install (now: $(RAY_ADDRESS))' \
 	  ID 'the record that make trace follows (now: $(ID))' \

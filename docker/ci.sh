@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-work=$(mktemp -d "${TMPDIR:-/tmp}/synthmill-ci.XXXXXX")
+work=$(mktemp -d -t synthmill-ci.XXXXXX)
 engine_pid=""
 bridge_was_there=$(ls -d /sys/class/net/docker0 2>/dev/null || true)
 

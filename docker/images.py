@@ -48,8 +48,11 @@ def digest_of(name: str) -> str:
     """The digest of the base this engine has under that name; its id for one made here; ``""`` when it has none."""
     if "@" in name:
         return name.partition("@")[2]
+    folder, slash, last = name.rpartition("/")
+    repository = folder + slash + last.partition(":")[0]
     pulled = inspected(name, "{{range .RepoDigests}}{{println .}}{{end}}").split()
-    return pulled[0].partition("@")[2] if pulled else inspected(name, "{{.Id}}")
+    found = [digest for digest in pulled if digest.startswith(f"{repository}@")]  # one image may have many names
+    return found[0].partition("@")[2] if found else inspected(name, "{{.Id}}")
 
 
 def is_current(image: str, base: str) -> bool:
@@ -69,8 +72,8 @@ def pinned(base: str) -> str:
         return base
     if not inspected(base, "{{.Id}}") and docker("pull", base):
         raise SettingsError(f"the base image {base} cannot be pulled", "BASE_IMAGE=<an image you have> make images")
-    pulled = inspected(base, "{{range .RepoDigests}}{{println .}}{{end}}").split()
-    return f"{base}@{pulled[0].partition('@')[2]}" if pulled else base
+    digest = digest_of(base)
+    return base if digest == inspected(base, "{{.Id}}") else f"{base}@{digest}"
 
 
 def docker(*arguments: str) -> int:

@@ -23,9 +23,11 @@ def main(groups: list[str]) -> None:
             "  next: make setup PYTHON=python3.12   (macOS: brew install python@3.12)"
         )
     python = VENV / "bin" / "python"
-    if not (VENV / "bin" / "pip").exists():
+    if not python.exists():
         print(f"set-up: .venv with Python {sys.version_info[0]}.{sys.version_info[1]}", file=sys.stderr)
-        venv.create(VENV, with_pip=True, clear=True)
+        venv.create(VENV, with_pip=True)
+    elif not (VENV / "bin" / "pip").exists():  # an earlier set-up was interrupted, or another tool made it
+        subprocess.run([python, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
     quiet = ["--quiet", "--disable-pip-version-check", "--require-hashes"]
     subprocess.run([python, "-m", "pip", "install", *quiet, "-r", LOCKS / "uv.txt"], check=True)
     files = [argument for group in groups for argument in ("-r", LOCKS / f"{group}.txt")]

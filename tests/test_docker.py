@@ -329,6 +329,16 @@ def test_a_killed_container_leaves_the_previous_good_files_and_the_same_command_
 # ---------------------------------------------------------------- images
 
 
+def test_what_is_built_is_not_built_again(engine: Any, image: Any) -> None:
+    name = image.tags[0].removeprefix("synthmill-").partition(":")[0]
+    labels = image.attrs["Config"]["Labels"]
+    env = os.environ | {"BASE_IMAGE": labels["org.opencontainers.image.base.name"]}
+    done = subprocess.run([sys.executable, "docker/images.py", name], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert re.match(rf"{name} +{image.tags[0]}  [\d,]+ MB.*  \d+ packages  up to date$", done.stderr), done.stderr
+    assert (ROOT / ".images" / f"{name}.iid").read_text("utf-8") == image.id
+
+
 @pytest.fixture(params=list(runner.IMAGES))
 def image(request: pytest.FixtureRequest, engine: Any) -> Any:
     return engine.images.get(runner.reference(request.param))

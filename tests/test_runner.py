@@ -490,3 +490,13 @@ def test_no_image_is_called_latest() -> None:
         assert re.fullmatch(rf"synthmill-{name}:[0-9a-f]{{12}}", runner.reference(name))
     for file in ("Dockerfile", "compose.yaml"):
         assert "latest" not in (ROOT / "docker" / file).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [([], "no Docker engine answers: not installed"), (["gpu"], "no image is called 'gpu'")]
+)
+def test_images_that_cannot_be_built_are_an_error_with_a_way_on(names: list[str], said: str) -> None:
+    command = [sys.executable, "docker/images.py", *names]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | NO_ENGINE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {said}") and "\n  next: " in done.stderr

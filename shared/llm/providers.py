@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from shared.errors import KeyMissingError, ProviderError
+from shared.errors import KeyMissingError, ProviderError, SettingsError
 from shared.llm.catalogue import ModelCard
 from shared.llm.types import Answer, Request, Stop, Usage, strict_schema
 from shared.records import Message
@@ -201,6 +201,10 @@ class OpenAI:
         completion = await self._call(create, wire | {"extra_headers": _headers(again)})
         if not completion.choices:
             raise TransientError(f"{self.name} answered 200 without choices")
+        if (
+            completion.usage is None and self.name == "openai"
+        ):  # a server of your own may leave it out: it costs nothing
+            raise TransientError("openai answered 200 without usage")
         choice, usage = completion.choices[0], completion.usage
         stop: Stop = "stop"
         if choice.finish_reason == "length":
@@ -228,7 +232,10 @@ class OpenAI:
         if len(vectors) != len(wire["input"]):
             raise TransientError(f"{self.name} answered {len(vectors)} vectors for {len(wire['input'])} texts")
         if wrong := {len(vector) for vector in vectors} - {wire["dimensions"]}:
-            raise BadRequestError(f"asked {wire['model']} for {wire['dimensions']} dimensions, got {sorted(wrong)}")
+            raise SettingsError(
+                f"asked {wire['model']} for {wire['dimensions']} dimensions, got {sorted(wrong)}",
+                "set `dimensions` to what the model gives",
+            )
         return vectors, Usage(input=result.usage.prompt_tokens)
 
     async def _call(self, method: Any, wire: Wire) -> Any:

@@ -200,6 +200,8 @@ def _strict(schema: dict[str, Any], name: str) -> dict[str, Any]:
     if "anyOf" in schema:
         schema["anyOf"] = [_strict(option, name) for option in schema["anyOf"]]
     if schema.get("type") == "object":
+        # The class's docstring: ours to reword, while the schema is part of what an answer is stored under.
+        schema.pop("description", None)
         if not isinstance(schema.get("properties"), dict):
             raise TypeError(f"{name}: free-form objects are not enforced by every provider")
         schema["required"] = list(schema["properties"])
