@@ -164,6 +164,7 @@ def _prepare() -> None:
     """What must be set before the libraries are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # datasets would ask a host of its own to count
     if os.environ.get("SYNTHMILL_CONNECTED") and "huggingface_hub" not in sys.modules:
         # What the stand-in says must never be found in the cache by a later live run, nor the other way round.
         os.environ["HF_HOME"] = cache = tempfile.mkdtemp(prefix="synthmill-hub-")

@@ -51,6 +51,7 @@ import sys
 import time
 import tomllib
 import traceback
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -653,7 +654,7 @@ def _belongs(directory: Path, mode: str, *, claim: bool = False) -> None:
     """
     mark = directory / ".apis"
     if claim and not mark.exists():
-        whole = directory / f".apis.{os.getpid()}"
+        whole = directory / f".apis.{uuid.uuid4().hex}"
         whole.write_text(f"{mode}\n", "utf-8")
         with suppress(FileExistsError):
             os.link(whole, mark)  # a link appears whole, and to one process only
