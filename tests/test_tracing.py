@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, StandinLog, run_stage
+
+from tests.conftest import ROOT, StandinLog, run_stage
 
 STAGE = ROOT / "stages" / "05_extract_qa"
 
