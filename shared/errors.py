@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class SynthmillError(Exception):
     """Base of all errors a person can mend. ``mend`` is the next command or step."""
@@ -65,3 +67,9 @@ class ProviderError(SynthmillError):
     """A provider refuses us for good, or stays unreachable. What was answered is saved."""
 
     exit_code = 6
+
+
+def complain(error: SynthmillError) -> int:
+    """Print an error for a person on stderr; the exit code to leave with."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from shared import apis
-from shared.errors import SettingsError, SynthmillError
+from shared.errors import SettingsError, SynthmillError, complain
 from shared.llm.catalogue import NANO, catalogue
 from shared.llm.models import budget_from_env
 from shared.llm.types import Usage
@@ -384,8 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _print(flags.data, flags.run)
     except SynthmillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(error)
 
 
 def _print(data: Path, run: str) -> int:

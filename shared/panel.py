@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from shared.llm import Models, Reply, Request, chat
+from shared.llm import Models, Reply, Request, chat, fill
 from shared.records import Domain, Part, TaskScore, Verdict, Verdicts
 
 
@@ -154,9 +154,7 @@ class Panel:
         a, b = full.parsed.text(), short.parsed.text()
         judged = None
         if self.judge:
-            answers = {"a": a, "b": b}
-            # In one pass, so that an answer may say {b} itself, as code does.
-            prompt = re.sub(r"\{([ab])\}", lambda match: answers[match[1]], self.prompts["judge"])
+            prompt = fill(self.prompts["judge"], a=a, b=b)
             verdict = await self.models.ask(Request(model=self.judge, messages=chat("", prompt), response=Judgement))
             if verdict.problem:
                 return Unjudged(reason=verdict.problem, detail=f"judge {self.judge} on {task}: {verdict.detail}")
@@ -168,7 +166,7 @@ class Panel:
         return score, judged
 
     async def _answer(self, model: str, task: str, text: str) -> Reply:
-        messages = chat(self.prompts["system"], self.prompts[task].replace("{text}", text))
+        messages = chat(self.prompts["system"], fill(self.prompts[task], text=text))
         return await self.models.ask(
             Request(model=model, messages=messages, max_tokens=self.max_tokens, response=TASKS[task])
         )

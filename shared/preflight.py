@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from shared import apis
-from shared.errors import SettingsError, SynthmillError
+from shared.errors import SettingsError, SynthmillError, complain
 from shared.estimate import Row, estimate, load_params, measured, offered, spine, still_to_pay, total_usd, unforeseen
 from shared.llm.catalogue import catalogue
 from shared.llm.models import budget_from_env
@@ -409,8 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
             apis.connect(mode, stack)
             checks = preflight(flags.run, flags.data, mode, datetime.datetime.now(datetime.UTC).date())
     except SynthmillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(error)
     misses = sum(check.state == "MISS" for check in checks)
     print(f"preflight of RUN={flags.run}, APIS={mode}")
     print("\n".join(table(checks)))

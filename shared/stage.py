@@ -64,7 +64,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from shared import apis, tracing
-from shared.errors import AccountingError, MixedApisError, NothingKeptError, SettingsError, SynthmillError
+from shared.errors import AccountingError, MixedApisError, NothingKeptError, SettingsError, SynthmillError, complain
 from shared.records import SCHEMA_VERSION, Record, Reject
 
 if TYPE_CHECKING:
@@ -595,7 +595,7 @@ def run(main: Callable[[Stage[P]], None], params: type[P], *, receipt: bool = Fa
                 stage._discard()
                 tracing.flush()
     except SynthmillError as error:
-        sys.exit(_complain(error))
+        sys.exit(complain(error))
     except KeyboardInterrupt:
         with suppress(OSError):
             print("\ninterrupted: every answer received is saved; the same command goes on from there", file=sys.stderr)
@@ -604,7 +604,7 @@ def run(main: Callable[[Stage[P]], None], params: type[P], *, receipt: bool = Fa
         if error.errno not in (28, 30, 13):  # no space, read-only file system, permission denied
             raise
         sys.exit(
-            _complain(SynthmillError(f"cannot write: {error}", "free or open that place, then run the same command"))
+            complain(SynthmillError(f"cannot write: {error}", "free or open that place, then run the same command"))
         )
     except Exception:
         traceback.print_exc()
@@ -616,11 +616,6 @@ def _interrupt(signum: int, frame: Any) -> None:
     signal.raise_signal(
         signal.SIGINT
     )  # whoever handles Ctrl-C at the moment (asyncio does, while it runs) handles this
-
-
-def _complain(error: SynthmillError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
 
 
 def _from_flags(script: Path, params: type[P], receipt: bool = False) -> Stage[P]:

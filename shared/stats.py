@@ -17,7 +17,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from shared import apis
-from shared.errors import SettingsError, SynthmillError
+from shared.errors import SettingsError, SynthmillError, complain
 from shared.llm.catalogue import NANO
 from shared.llm.models import budget_from_env
 from shared.llm.store import Store
@@ -196,8 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _print(flags.data, flags.run)
     except SynthmillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(error)
 
 
 def _print(data: Path, run: str) -> int:

@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------- normalisation
 
+
+def squeezed(text: str) -> str:
+    """The text with every run of white space as one space: how quotes are compared."""
+    return " ".join(text.split())
+
+
 _TRAILING_SPACES = re.compile(r"[^\S\n]+$", re.MULTILINE)
 _INDENT = re.compile(r"[^\S\n]*")
 

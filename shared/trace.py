@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from shared.errors import SettingsError, SynthmillError
+from shared.errors import SettingsError, SynthmillError, complain
 from shared.llm.store import Store
 from shared.stage import shown
 from shared.stats import DATA, open_store
@@ -231,8 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in Teller(store, flags.full).tell(whole):
             print(line)
     except SynthmillError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return complain(error)
     finally:
         if store is not None:
             store.close()

@@ -18,6 +18,18 @@ server. Every answer is stored, keyed by a hash of the whole request, before it 
 from shared.llm.catalogue import Catalogue, ModelCard, Price
 from shared.llm.models import Models
 from shared.llm.store import Store
-from shared.llm.types import Reply, Request, Spending, Usage, chat
+from shared.llm.types import Reply, Request, Spending, Usage, chat, fill
 
-__all__ = ["Catalogue", "ModelCard", "Models", "Price", "Reply", "Request", "Spending", "Store", "Usage", "chat"]
+__all__ = [
+    "Catalogue",
+    "ModelCard",
+    "Models",
+    "Price",
+    "Reply",
+    "Request",
+    "Spending",
+    "Store",
+    "Usage",
+    "chat",
+    "fill",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any, Literal
 
 import orjson
@@ -19,6 +20,11 @@ def chat(system: str, *turns: str) -> tuple[Message, ...]:
     roles = ("user", "assistant")
     messages = tuple(Message(role=roles[i % 2], content=turn) for i, turn in enumerate(turns))  # type: ignore[arg-type]
     return (Message(role="system", content=system), *messages) if system else messages
+
+
+def fill(template: str, **values: str) -> str:
+    """A prompt with every ``{name}`` of ``values`` replaced, in one pass, so that a value may say ``{name}`` itself."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 class Request(BaseModel):

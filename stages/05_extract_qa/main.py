@@ -21,11 +21,12 @@ from facts import Chunk, chunks_of, dates_after, read_facts, spread
 from pydantic import BaseModel, Field
 
 from shared.errors import SettingsError
-from shared.llm import Reply, Request, chat
+from shared.llm import Reply, Request, chat, fill
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Domain, QAPair, content_id
 from shared.stage import ROOT, Settings, Stage, run, shown
+from shared.text import squeezed
 
 FACTS = ROOT / (os.environ.get("FACTS") or "data/inputs/facts.md")
 """The file that `make` was given; what is estimated and checked before the stage runs must be the same."""
@@ -61,11 +62,6 @@ class Extracted(BaseModel):
     """The answer to ``extract.txt``."""
 
     pairs: list[ExtractedPair]
-
-
-def squeezed(text: str) -> str:
-    """The text with every run of white space as one space: how quotes are compared."""
-    return " ".join(text.split())
 
 
 def fault_of(pair: ExtractedPair, chunk: Chunk, params: Params) -> tuple[str, str] | None:
@@ -107,12 +103,11 @@ def main(stage: Stage[Params]) -> None:
         raise SettingsError(f"{shown(path)} has no facts", "write # sections with - bullets into it")
     stage.models.require(p.model)
     system = stage.prompt("system.txt")
-    template = stage.prompt("extract.txt").replace("{n}", str(p.pairs_per_chunk))
-    template = template.replace("{categories}", ", ".join(p.categories))
+    template = fill(stage.prompt("extract.txt"), n=str(p.pairs_per_chunk), categories=", ".join(p.categories))
 
     # -- process
     async def extract(chunk: Chunk) -> Reply:
-        messages = chat(system, template.replace("{chunk}", chunk.text))
+        messages = chat(system, fill(template, chunk=chunk.text))
         request = Request(model=p.model, messages=messages, max_tokens=p.max_tokens, response=Extracted)
         return await stage.models.ask(request)
 

@@ -11,14 +11,13 @@ Cost: one call a pair; about $0.0001 at gpt-6-luna.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from shared.errors import SettingsError
-from shared.llm import Reply, Request, chat
+from shared.llm import Reply, Request, chat, fill
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Domain, QAPair, Validation
@@ -78,8 +77,7 @@ def main(stage: Stage[Params]) -> None:
 
     # -- process
     async def validate(pair: QAPair) -> Reply:
-        # In one pass, so that a chunk may say {question} itself.
-        prompt = re.sub(r"\{(chunk|question|answer)\}", lambda match: str(getattr(pair, match[1])), template)
+        prompt = fill(template, chunk=pair.chunk, question=pair.question, answer=pair.answer)
         request = Request(model=p.model, messages=chat(system, prompt), max_tokens=p.max_tokens, response=Checked)
         return await stage.models.ask(request)
 

@@ -22,7 +22,7 @@ from plans import draw
 from pydantic import BaseModel, Field
 
 from shared.dialogue import Turn, fault_of
-from shared.llm import Reply, Request, chat
+from shared.llm import Reply, Request, chat, fill
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Conversation, Domain, Grounding, Message, Plan, QAPair, content_id
@@ -83,7 +83,7 @@ def prompt_for(template: str, pair: QAPair, plan: Plan, params: Params) -> str:
         "question": pair.question,
         "answer": pair.answer,
     }
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+    return fill(template, **values)
 
 
 def planned(params: Params, pairs: float) -> float:

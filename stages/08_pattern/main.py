@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 
 from shared.dialogue import Turn, fault_of
 from shared.errors import SettingsError
-from shared.llm import Reply, Request, chat
+from shared.llm import Reply, Request, chat, fill
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Conversation, Domain, Message, content_id
@@ -116,8 +116,9 @@ def main(stage: Stage[Params]) -> None:
     with open(stage.side_file(".plans.jsonl"), "wb") as file:
         file.writelines(orjson.dumps(row.model_dump(), option=orjson.OPT_APPEND_NEWLINE) for row in planned)
     profile = (HERE / "profile.md").read_text("utf-8").strip()
-    system = stage.prompt("system.txt").replace("{profile}", profile)
-    template = stage.prompt("pattern.txt").replace("{examples}", few_shot(p.examples, p.few_shot))
+    system = fill(stage.prompt("system.txt"), profile=profile)
+    template, examples = stage.prompt("pattern.txt"), few_shot(p.examples, p.few_shot)
+    least, most = str(p.least_exchanges), str(p.most_exchanges)
 
     # -- process
     async def generate(row: Planned) -> tuple[Reply, str]:
@@ -125,8 +126,7 @@ def main(stage: Stage[Params]) -> None:
             f"- {name}: {patterns[name].definition} It looks like this: {patterns[name].looks_like}"
             for name in row.patterns
         )
-        prompt = template.replace("{topic}", row.topic).replace("{patterns}", described)
-        prompt = prompt.replace("{least}", str(p.least_exchanges)).replace("{most}", str(p.most_exchanges))
+        prompt = fill(template, topic=row.topic, patterns=described, least=least, most=most, examples=examples)
         wrong = ""
         for attempt in range(p.tries):
             request = Request(

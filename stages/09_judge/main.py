@@ -12,7 +12,6 @@ Cost: one call a conversation; about $0.0004 at claude-haiku-5-5.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,12 @@ from pydantic import BaseModel, Field
 from rubric import Tally
 
 from shared.errors import SettingsError
-from shared.llm import Reply, Request, chat
+from shared.llm import Reply, Request, chat, fill
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Conversation, Criterion, Domain, Judgement
 from shared.stage import ROOT, Settings, Stage, run
+from shared.text import squeezed
 
 CRITERION_TOKENS, FEEDBACK_TOKENS, CONTEXT_TOKENS = 45, 60, 120
 """Of one criterion judged with its quote, of feedback and issues, and of the facts or profile; for the estimate."""
@@ -62,11 +62,6 @@ class Judged(BaseModel):
     issues: list[str]
 
 
-def squeezed(text: str) -> str:
-    """The text with every run of white space as one space: how quotes are compared."""
-    return " ".join(text.split())
-
-
 def judgement(judged: Judged, record: Conversation, params: Params) -> Judgement:
     """The judge's answer with every quote checked against the assistant's turns."""
     said = squeezed(" ".join(m.content for m in record.messages if m.role == "assistant"))
@@ -98,7 +93,7 @@ def prompt_for(template: str, record: Conversation, params: Params, definitions:
     context += f"<profile>\n{profile}\n</profile>\n" if profile else ""
     values = {"rubric": "\n".join(rubric), "context": context, "conversation": turns}
     # In one pass, so that facts may say {conversation} themselves.
-    return re.sub(r"\{(rubric|context|conversation)\}", lambda match: values[match[1]], template)
+    return fill(template, **values)
 
 
 def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
