@@ -52,15 +52,18 @@ def decide() -> str:
     return mode
 
 
-def connect(mode: str, stack: ExitStack) -> None:
+def connect(mode: str, stack: ExitStack, state: Path | None = None) -> None:
     """In mock mode, start the stand-in (or use the one at ``STANDIN_URL``) and point every SDK at it; once a process.
 
-    Must run before the SDKs are imported: ``huggingface_hub`` and ``datasets`` read their endpoint at import.
+    ``state``: the directory where it keeps what must outlive it (training runs, pushed repositories), unless
+    ``STANDIN_STATE`` names one. Must run before the SDKs are imported: ``huggingface_hub`` and ``datasets`` read their endpoint at import.
     """
     if mode != "mock" or os.environ.get("SYNTHMILL_CONNECTED"):
         return
     from shared.standin import start
 
+    if state is not None and not os.environ.get("STANDIN_STATE"):
+        os.environ["STANDIN_STATE"] = str(state)
     url = os.environ.get("STANDIN_URL") or stack.enter_context(start())
     for name in KEYS:
         os.environ[name] = "tml-standin" if name.startswith("TINKER") else "standin"

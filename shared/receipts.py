@@ -95,7 +95,7 @@ class TrainReceipt(Part):
     run: str
     track: str
     run_id: str
-    backend: Literal["mlx"]
+    backend: Literal["mlx", "tinker"]
     apis: str
     data: TrainingData
     base_model: BaseModelUsed
@@ -108,6 +108,87 @@ class TrainReceipt(Part):
     checkpoints: tuple[Checkpoint, ...]
     adapter: AdapterMade
     files: dict[str, str]
+    cost_usd: float
+    seconds: float
+    finished_at: str
+    git: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+    def line(self) -> bytes:
+        """The receipt as it is on disk."""
+        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+class Interval(Part):
+    """A figure with its 95 % bootstrap interval, over ``n`` records; ``low`` and ``high`` are ``value`` where n < 2."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+Metrics = dict[str, Interval]
+"""Figures by name: ``pass_rate``, ``compression_ratio``, ``mean_equivalence``, ``min_equivalence``, ..."""
+
+
+class Contestant(Part):
+    """Who was measured on the test split.
+
+    Attributes:
+        name: ``candidate``, ``baseline``, ``base``, ``truncation``, ``stop_words``.
+        kind: an adapter on a model, a model alone, or a rule that needs none.
+        model, adapter: specs as :mod:`shared.local_models` has them; ``""`` for none.
+        metrics: over all records, then by domain (or pattern) in ``by_group``.
+    """
+
+    name: str
+    kind: Literal["adapter", "model", "rule"]
+    model: str
+    adapter: str
+    metrics: Metrics
+    by_group: dict[str, Metrics]
+
+
+class Gate(Part):
+    """A target of the settings: ``low <= metric of the candidate <= high``; ``None`` is no bound."""
+
+    metric: str
+    low: float | None
+    high: float | None
+    value: float
+    passed: bool
+
+
+class EvaluateReceipt(Part):
+    """15 evaluate.
+
+    Attributes:
+        run_id: of the candidate; ``train_sha256`` is its receipt's file, ``models/<run>/<track>/14_train.json``.
+        apis: who answered: ``mock`` (the stand-in) or ``live``.
+        data: what was read; its ``test`` counts the examples measured on.
+        settings: all of the stage's.
+        contestants: the candidate first.
+        differences: candidate minus the other, paired by record, by the other's name and metric.
+        passed: whether every gate is.
+        cost_usd: what the panel was paid.
+    """
+
+    stage: Literal["15_evaluate"] = "15_evaluate"
+    run: str
+    track: str
+    run_id: str
+    train_sha256: str
+    apis: str
+    data: TrainingData
+    settings: dict[str, Any]
+    counts: Counts
+    contestants: tuple[Contestant, ...]
+    differences: dict[str, Metrics]
+    gates: tuple[Gate, ...]
+    passed: bool
     cost_usd: float
     seconds: float
     finished_at: str

@@ -440,7 +440,7 @@ class Stage(Generic[P]):
 
     def services(self) -> None:
         """Point the SDKs of every paid service and of the Hub at the stand-in when ``APIS=mock``; nothing when live."""
-        apis.connect(self.apis, self._stack)
+        apis.connect(self.apis, self._stack, self.cache / "standin")
 
     def prompt(self, name: str) -> str:
         """The text of ``prompts/<name>`` beside the stage's script."""

@@ -364,14 +364,26 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train(model: Qwen3ForCausalLM, sampler: Sampler, system: torch.Tensor, args: argparse.Namespace) -> int:
-    """Train `model` in place, leave the averaged weights in it, and return the steps taken."""
+    """Train `model` in place, leave the averaged weights in it, and return the steps taken.
+
+    Goes on from `--out`/checkpoint.pt where a killed run left one. `--steps` may then differ: the schedule is a
+    function of the step.
+    """
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    checkpoint = args.out / "checkpoint.pt"
     start = time.monotonic()
     step = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=args.device, weights_only=False)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average, step = saved["average"], saved["step"]
+        sampler.rng.setstate(saved["rng"])
+        print(f"goes on from step {step}")
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
         # Short texts first: copying is learnt on them, then stretched to the full length by 40 % of the run.
         high = int(15 + 85 * min(1.0, step / (0.4 * args.steps)))
@@ -397,9 +409,14 @@ def train(model: Qwen3ForCausalLM, sampler: Sampler, system: torch.Tensor, args:
             seconds = time.monotonic() - start
             print(f"step {step} {seconds:.0f} s, words <= {high}", end=", ")
             print(f"loss {loss.item():.4f}, tokens right {right:.4f}", flush=True)
+        if step % args.save_every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            torch.save(state | {"step": step, "rng": sampler.rng.getstate()}, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(average[name])
+    checkpoint.unlink(missing_ok=True)
     return step
 
 
@@ -489,6 +506,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     p.add_argument("--report", type=int, default=100, help="steps between progress lines")
+    p.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     p.add_argument("--per-cell", type=int, default=200, help="held-out texts scored per domain and band")
     return p.parse_args()
 
