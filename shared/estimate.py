@@ -82,15 +82,26 @@ class Row:
 # ---------------------------------------------------------------- the spine
 
 
-def spine(makefile: Path = ROOT / "Makefile") -> dict[str, list[str]]:
-    """The stages of every track in order, ``{"compression": ["01_acquire", ...]}``: what the Makefile has rules for."""
+def spine(run: str, makefile: Path = ROOT / "Makefile") -> dict[str, list[str]]:
+    """The stages of every track of a run in order, ``{"compression": ["01_acquire", ...]}``: what the Makefile has rules for.
+
+    A run has the tracks whose first stage has settings for it: ``bootstrap`` is compression alone.
+
+    Raises:
+        SettingsError: no track has.
+    """
     text = makefile.read_text("utf-8")
     every = re.search(r"^TRACKS *:= *(.*)$", text, re.MULTILINE)
     tracks: dict[str, list[str]] = {track: [] for track in (every[1].split() if every else [])}
     for name, on in re.findall(r"^\$\(call out,(\d\d_\w+),(.+)\): ", text, re.MULTILINE):
         for track in tracks if on == "$(TRACKS)" else on.split():
             tracks[track].append(name)
-    return {track: sorted(stages) for track, stages in tracks.items()}
+    spines = {track: sorted(stages) for track, stages in tracks.items()}
+    found = {track: spine for track, spine in spines.items() if (ROOT / "stages" / spine[0] / f"{run}.toml").exists()}
+    if not found:
+        runs = sorted(path.stem for path in (ROOT / "stages" / "01_acquire").glob("*.toml"))
+        raise SettingsError(f"no stage has settings for RUN={run}", f"one of: {', '.join(runs)}")
+    return found
 
 
 def load_stage(name: str) -> ModuleType:
@@ -246,7 +257,7 @@ def estimate(run: str, data: Path = DATA) -> list[Row]:
         SettingsError: settings are missing or wrong, or a file was written by another schema version.
         BudgetError: a model's price is unknown.
     """
-    return [row for track, stages in spine().items() for row in _track(run, track, stages, data / run / track)]
+    return [row for track, stages in spine(run).items() for row in _track(run, track, stages, data / run / track)]
 
 
 def _track(run: str, track: str, stages: list[str], directory: Path) -> list[Row]:
@@ -302,7 +313,7 @@ def announcement(module: Any, name: str, params: Settings, source: Path | None, 
 def unforeseen(run: str) -> list[str]:
     """Stages that ask models and do not say how much: what they will cost is not in the estimate."""
     found = []
-    for track, stages in spine().items():
+    for track, stages in spine(run).items():
         for name in stages:
             module, _ = load_params(name, run, track)
             if not hasattr(module, "calls") and "stage.models" in Path(str(module.__file__)).read_text("utf-8"):
@@ -378,7 +389,7 @@ def _money(usd: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the estimate of a run. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m shared.estimate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="trial", help="trial or full")
+    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
     flags = parser.parse_args(arguments)
     try:

@@ -80,7 +80,7 @@ def settings(run: str) -> tuple[Stages, list[Check]]:
     """The settings of every stage of every track; a miss for each that does not load."""
     loaded: Stages = {}
     checks: list[Check] = []
-    for track, stages in spine().items():
+    for track, stages in spine(run).items():
         for name in stages:
             try:
                 loaded[track, name] = load_params(name, run, track)
@@ -400,7 +400,7 @@ def table(checks: list[Check]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table. Returns 0 when nothing is missing, else the exit code of settings that are wrong."""
     parser = argparse.ArgumentParser(prog="python -m shared.preflight", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="full", help="trial or full")
+    parser.add_argument("--run", default="full", help="trial, full or bootstrap")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
     flags = parser.parse_args(arguments)
     try:

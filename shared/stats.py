@@ -91,6 +91,11 @@ def dollars(usd: float) -> str:
     return f"{usd:,.4f}"
 
 
+def models_of(directory: Path) -> Path:
+    """``models/<run>/<track>`` of ``data/<run>/<track>``: where 14 and the stages after it report."""
+    return directory.parents[2] / "models" / directory.parent.name / directory.name
+
+
 def track_table(directory: Path, running: str = "") -> str:
     """What the stages of one track directory (``data/<run>/<track>``) did, as lines for a terminal.
 
@@ -104,9 +109,10 @@ def track_table(directory: Path, running: str = "") -> str:
     Raises:
         SettingsError: a report is not readable as one.
     """
-    done = [report for report in reports(directory) if report.stage != running]
+    data = [report for report in reports(directory) if report.stage != running]
+    done = data + reports(models_of(directory))
     run, track = directory.parent.name, directory.name
-    if not done:
+    if not data:
         return f"{run}/{track}: nothing yet; next: make {track} RUN={run}"
     rows = [("stage", "in", "kept", "rejected", "calls", "cached", "dollars", "seconds", "reasons")]
     for report in done:
@@ -119,8 +125,8 @@ def track_table(directory: Path, running: str = "") -> str:
         (
             "total",
             f"{done[0].counts.planned:,}",
-            f"{done[-1].counts.kept:,}",
-            f"{sum(report.counts.rejected for report in done):,}",
+            f"{data[-1].counts.kept:,}",  # what 14 and the others count are no records
+            f"{sum(report.counts.rejected for report in data):,}",
             f"{sum(s.calls for s in spendings):,}",
             f"{sum(s.cached for s in spendings):,}",
             dollars(sum(s.cost_usd for s in spendings)),
@@ -190,7 +196,7 @@ def open_store(data: Path, mode: str) -> Store | None:
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of every track of a run, then its spending. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m shared.stats", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="trial", help="trial or full")
+    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
     flags = parser.parse_args(arguments)
     try:
@@ -206,7 +212,7 @@ def _print(data: Path, run: str) -> int:
     for track in tracks:
         print(f"{track_table(track)}\n")
     if not tracks:
-        print(f"{run}: no stage has run yet; next: make {run if run in ('trial', 'full') else f'trial RUN={run}'}\n")
+        print(f"{run}: no stage has run yet; next: make {run}\n")
     for kind, title in (("live", "paid"), ("mock", "counted by the stand-in, not paid")):
         store = open_store(data, kind)
         try:

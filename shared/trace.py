@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "id", nargs="?", default="", metavar="ID", help="id of the record, or its first 6 or more digits"
     )
-    parser.add_argument("--run", default="trial", help="trial or full")
+    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
     parser.add_argument("--full", action="store_true", help="texts, prompts and answers whole")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
     flags = parser.parse_args(arguments)

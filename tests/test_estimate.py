@@ -82,7 +82,7 @@ def test_the_spine_is_what_make_has_rules_for() -> None:
     rules = re.findall(r"^data/trial/([a-z]+)/(\d\d_[a-z_]+)\.jsonl:", database, re.MULTILINE)
 
     assert rules
-    assert forecast.spine() == {
+    assert forecast.spine("trial") == {
         track: sorted(stage for on, stage in rules if on == track) for track, _ in sorted(rules)
     }
 
@@ -96,9 +96,15 @@ def test_a_stage_is_loaded_without_leaving_its_neighbours_names_behind() -> None
     assert not {"cleaning", "generation", "mlx_generator"} & (set(sys.modules) - names)
 
 
+def test_a_run_has_the_tracks_that_it_has_settings_for() -> None:
+    assert sorted(forecast.spine("full")) == ["compression", "grounded", "patterns"]
+    assert list(forecast.spine("bootstrap")) == ["compression"]
+
+
 def test_a_run_without_settings_is_refused_with_the_runs_there_are() -> None:
-    with pytest.raises(SettingsError, match="no settings for RUN=huge, only for full, trial"):
+    with pytest.raises(SettingsError, match="no stage has settings for RUN=huge") as raised:
         forecast.estimate("huge")
+    assert raised.value.mend == "one of: bootstrap, full, trial"
 
 
 # ---------------------------------------------------------------- volumes

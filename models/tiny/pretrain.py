@@ -243,17 +243,18 @@ def _opens(text: str, start: int, previous_end: int) -> bool:
 
 @dataclass(slots=True)
 class Sampler:
-    """Draws tokenised examples: half prose, half code, lengths uniform in words."""
+    """Draws tokenised examples, `prose` of them prose and the others code, lengths uniform in words."""
 
     texts: dict[str, list[Text]]
     tokenizer: Tokenizer
     user: str  # the user prompt, with {text}
     max_tokens: int
     rng: random.Random
+    prose: float = 0.5
 
     def text(self, low: int, high: int, domain: str | None = None) -> tuple[Text, str]:
         """A chunk of `low` to `high` words, and where it is from. A text shorter than `low` is not used."""
-        pool = self.texts[domain or self.rng.choice(DOMAINS)]
+        pool = self.texts[domain or ("prose" if self.rng.random() < self.prose else "code")]
         while True:
             source = self.rng.choice(pool)
             piece = chunk(source.text, self.rng.randint(low, high), self.rng)
@@ -386,7 +387,7 @@ def train(model: Qwen3ForCausalLM, sampler: Sampler, system: torch.Tensor, args:
         print(f"goes on from step {step}")
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
         # Short texts first: copying is learnt on them, then stretched to the full length by 40 % of the run.
-        high = int(15 + 85 * min(1.0, step / (0.4 * args.steps)))
+        high = 100 if args.init else int(15 + 85 * min(1.0, step / (0.4 * args.steps)))
         rate = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -454,7 +455,7 @@ def write_heldout(sampler: Sampler, path: Path, per_cell: int) -> None:
 def write_recipe(path: Path, texts: list[Text], args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write what the model was made from: settings, distributions with their licences, and the result."""
     keys = ["seed", "batch_tokens", "lr", "warmup", "ema", "layers", "width", "vocab", "max_tokens", "bf16"]
-    keys += ["steps", "device"]
+    keys += ["prose", "steps", "device"]
     lines = [
         "# Written by pretrain.py.",
         "[settings]",
@@ -491,6 +492,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--out", type=Path, default=HERE, help="folder for weights, tokenizer, recipe and held-out sample")
     p.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of system.txt and user.txt")
     p.add_argument("--cache", type=Path, help="file that keeps the corpus between runs; none = build it each time")
+    p.add_argument("--init", type=Path, help="folder of weights to go on from, at full length; none = from scratch")
+    p.add_argument("--prose", type=float, default=0.5, help="share of examples that are prose, 0 to 1")
     p.add_argument("--seed", type=int, default=0, help="seed of corpus, batches and weights")
     p.add_argument("--steps", type=int, default=20_000, help="optimiser steps; 0 = corpus, tokenizer and recipe only")
     p.add_argument("--minutes", type=float, default=1e9, help="stop training after this many minutes")
@@ -535,7 +538,10 @@ def main() -> None:
     for domain in DOMAINS:
         counts = [sum(t.domain == domain for t in texts) for texts in (training, held)]
         print(f"{domain}: {counts[0]} training texts, {counts[1]} held out")
-    tokenizer = train_tokenizer(training, args.vocab, random.Random(args.seed))
+    if args.init:
+        tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(training, args.vocab, random.Random(args.seed))
     tokenizer.save(str(args.out / "tokenizer.json"))
     system = (args.prompts / "system.txt").read_text(encoding="utf-8")
     user = (args.prompts / "user.txt").read_text(encoding="utf-8")
@@ -543,7 +549,7 @@ def main() -> None:
 
     def sampler(texts: list[Text], seed: int) -> Sampler:
         by_domain = {d: [t for t in texts if t.domain == d] for d in DOMAINS}
-        return Sampler(by_domain, tokenizer, user, args.max_tokens, random.Random(seed))
+        return Sampler(by_domain, tokenizer, user, args.max_tokens, random.Random(seed), args.prose)
 
     write_heldout(sampler(held, args.seed + 2), args.out / "heldout.jsonl", per_cell=30)
     print(f"system prompt: {len(prefix)} tokens")
@@ -552,11 +558,14 @@ def main() -> None:
         return
 
     # ---- train ----
-    model = new_model(args).to(args.device)
+    model = new_model(args)
+    if args.init:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
+    model = model.to(args.device)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters")
     system_ids = torch.tensor(prefix, device=args.device)
     began = time.monotonic()
-    steps = train(model, sampler(training, args.seed + 1), system_ids, args)
+    steps = train(model, sampler(training, args.seed + (1001 if args.init else 1)), system_ids, args)
 
     # ---- evaluate and save ----
     result: dict[str, Any] = {"steps": steps, "minutes": round((time.monotonic() - began) / 60, 1)}
