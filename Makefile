@@ -14,20 +14,24 @@ BUDGET_USD ?=
 LIMIT     ?= 0
 FACTS     ?= data/inputs/facts.md
 PYTHON    ?= python3
-RUNNER    ?= native
+RUNNER    ?= auto
 ENGINE    ?= embedded
 RAY_ADDRESS ?=
 ID        ?=
+TRACK     ?= compression
+PUSH      ?=
+HF_REPO   ?=
 
 export APIS BUDGET_USD FACTS ENGINE RAY_ADDRESS RUNNER
 export PYTHONPATH := $(CURDIR)
 
 PY     := .venv/bin/python
 GROUPS := core llm data embed mlx tinker tracing dev
-RUNS   := trial full
+RUNS   := trial full bootstrap
 TRACKS := compression grounded patterns
 PATTERNS := topics.toml patterns.toml profile.md
 LOCKS  := $(GROUPS:%=docker/requirements/%.txt)
+IMAGES := llm data
 
 # `make clean RUN=` would remove all of data/, RUN=cache the paid answers.
 ifneq ($(words $(RUN))-$(filter-out $(RUNS),$(RUN)),1-)
@@ -45,8 +49,8 @@ stage = $(PY) $(runner) stages/$(1)/main.py $(if $(2),--in $(2)) --out $@ --conf
 made = data/$(1)/.limit-$(LIMIT)-facts-$(subst /,_,$(FACTS))
 # again: `make stageN` runs that one stage although its output is up to date
 again = $(if $(filter stage$(1),$(MAKECMDGOALS)),FORCE)
-# first: what the first stage of a track waits for: a full run begins with preflight
-first = $(if $(filter full/%,$(1)),preflight-full)
+# first: what the first stage of a track waits for: a run that costs money begins with preflight, RUNNER=docker with its images
+first = $(if $(filter trial/%,$(1)),,preflight-$(patsubst %/,%,$(dir $(1)))) $(if $(filter docker,$(RUNNER)),$(IMAGES:%=.images/%.iid))
 prompts = $(foreach name,$(2),stages/$(1)/prompts/$(name).txt)
 code    = $(foreach name,main $(2),stages/$(1)/$(name).py)
 
@@ -59,12 +63,11 @@ $(call out,01_acquire,compression): data/%/01_acquire.jsonl: \
 	$(call stage,01_acquire,)
 
 $(call out,02_merge,compression): data/%/02_merge.jsonl: \
-    data/%/01_acquire.jsonl stages/02_merge/$$(*D).toml $(call code,02_merge,duplicates spdx) $$(call again,2)
+    data/%/01_acquire.jsonl stages/02_merge/$$(*D).toml $(call code,02_merge,duplicates) $$(call again,2)
 	$(call stage,02_merge,$<)
 
 $(call out,03_compress,compression): data/%/03_compress.jsonl: \
-    data/%/02_merge.jsonl stages/03_compress/$$(*D).toml \
-    $(call code,03_compress,cleaning generation generation_store mlx_generator) \
+    data/%/02_merge.jsonl stages/03_compress/$$(*D).toml $(call code,03_compress) \
     $(call prompts,03_compress,system user) $$(call again,3)
 	$(call stage,03_compress,$<)
 
@@ -128,6 +131,19 @@ $(call trained,14_train): models/%/14_train.json: \
     data/%/13_format.jsonl stages/14_train/$$(*D).toml $$(call again,14) | $$(@D)/. .venv/.setup
 	$(if $(filter stage14,$(MAKECMDGOALS)),RETRAIN=1) $(call stage,14_train,$<)
 
+judges := $(foreach stage,04_validate 09_judge,stages/$(stage)/main.py) \
+    $(call prompts,04_validate,system key_points implications explain write judge) $(call prompts,09_judge,system judge)
+$(call trained,15_evaluate): models/%/15_evaluate.json: \
+    models/%/14_train.json data/%/13_format.jsonl stages/15_evaluate/$$(*D).toml \
+    $(call code,15_evaluate,compression contestants conversation evaluation figures intervals rules scoring tables) \
+    $(judges) stages/04_validate/$$(*D).toml stages/09_judge/$$(*D).toml $$(call again,15)
+	$(call stage,15_evaluate,data/$*/13_format.jsonl)
+
+# As a file a release is laid out and never published, whatever PUSH says; `make release` alone publishes.
+$(call trained,16_release): models/%/16_release.json: \
+    models/%/14_train.json models/%/15_evaluate.json data/%/13_format.jsonl stages/16_release/$$(*D).toml $$(call again,16)
+	PUSH= $(call stage,16_release,data/$*/13_format.jsonl)
+
 %/.:
 	mkdir -p $@
 .PRECIOUS: %/.
@@ -137,12 +153,13 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images
-.PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14
+.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images audit bootstrap release
+.PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14 stage15 stage16
 
-trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) ## every track at small scale; no keys and no money while there is no .env
+trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) models/trial/compression/16_release.json ## every track at small scale, trained, measured, laid out for release; no keys and no money while there is no .env
 full: RUN = full
-full: $(foreach track,$(TRACKS),data/full/$(track)/13_format.jsonl) ## every track at production scale; starts with preflight
+full: $(foreach track,$(TRACKS),data/full/$(track)/13_format.jsonl) models/full/compression/16_release.json ## the same at production scale; starts with preflight
+bootstrap: models/bootstrap/compression/14_train.json ## a first adapter, where there is none: a teacher's compressions, validated, then trained with MLX
 compression: data/$(RUN)/compression/13_format.jsonl ## the compression track of RUN
 grounded: data/$(RUN)/grounded/13_format.jsonl ## the grounded track of RUN, from FACTS
 patterns: data/$(RUN)/patterns/13_format.jsonl ## the patterns track of RUN
@@ -162,7 +179,11 @@ stage11: $(call every,11_deduplicate) ## deduplicate: near-duplicates out, clust
 stage12: $(call every,12_choose) ## choose: the best, balanced by domain and source
 stage13: $(call every,13_format) ## format: training examples, splits, export directories
 
-stage14: models/$(RUN)/compression/14_train.json ## train: a LoRA adapter on MLX, in PEFT and MLX form, and its receipt; full only for now
+stage14: models/$(RUN)/$(TRACK)/14_train.json ## train: a LoRA adapter, on MLX or at Tinker, in PEFT and MLX form, and its receipt
+stage15: models/$(RUN)/$(TRACK)/15_evaluate.json ## evaluate: the adapter against the last one, the base model and simple rules
+stage16: models/$(RUN)/$(TRACK)/16_release.json ## release: model and data set laid out with their cards; publishes nothing
+release: models/$(RUN)/$(TRACK)/16_release.json ## lay out what is new; with PUSH=1 HF_REPO=org/name publish it on the Hub, private first
+	$(if $(filter-out 0,$(PUSH)),PUSH=1 HF_REPO=$(HF_REPO) $(PY) stages/16_release/main.py --in data/$(RUN)/$(TRACK)/13_format.jsonl --out $< --config stages/16_release/$(RUN).toml --track $(TRACK) --limit $(LIMIT))
 
 setup: .venv/.setup uv.lock ## the environment in .venv, from the hash-pinned exports, and uv.lock
 lock: .venv/.setup ## after editing pyproject.toml: write uv.lock and docker/requirements/ anew
@@ -170,13 +191,16 @@ lock: .venv/.setup ## after editing pyproject.toml: write uv.lock and docker/req
 
 images: .venv/.setup ## the container images, built when stale, with their sizes
 	$(PY) docker/images.py
+audit: .venv/.setup uv.lock ## known vulnerabilities of everything that is locked; asks the OSV database
+	.venv/bin/uv audit --frozen --preview-features audit-command
 
 test: .venv/.setup uv.lock ## every test; touches no network but loopback
 	$(PY) -m pytest
 lint: .venv/.setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy shared docker/lock.py tests
+	$(PY) -m mypy shared tests
+	MYPYPATH=docker:. $(PY) -m mypy docker/runner.py docker/images.py docker/lock.py docker/setup.py
 	set -e; for stage in stages/*/; do MYPYPATH=$$stage:. $(PY) -m mypy $$stage/main.py; done
 
 preflight: preflight-$(RUN) ## everything RUN needs before anything is spent: keys, models, inputs, disk, budget
@@ -198,14 +222,17 @@ help: ## this text
 	  /^[a-z][a-z0-9]*:.*## / {name = $$1; sub(/:.*/, "", name); text = $$0; sub(/.*## /, "", text); printf "  %-13s %s\n", name, text}' \
 	  $(firstword $(MAKEFILE_LIST))
 	@printf '\nvariables\n'
-	@printf '  %-13s %s\n' RUN 'trial or full: the scale (now: $(RUN))' \
+	@printf '  %-13s %s\n' RUN 'trial, full or bootstrap: the scale (now: $(RUN))' \
 	  APIS 'mock or live; default: live once there is a .env, else mock (now: $(APIS))' \
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
 	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
-	  RUNNER 'native, docker or auto: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
+	  RUNNER 'auto, docker or native: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
 	  ENGINE 'embedded or ray: where 02, 11 and 12 run (now: $(ENGINE))' \
 	  RAY_ADDRESS 'the Ray cluster, with ENGINE=ray; Ray itself is yours to install (now: $(RAY_ADDRESS))' \
+	  TRACK 'the track of stage14 to stage16 and of release (now: $(TRACK))' \
+	  PUSH '1 publishes, in make release alone (now: $(PUSH))' \
+	  HF_REPO 'org/name of the model repository that make release publishes (now: $(HF_REPO))' \
 	  ID 'the record that make trace follows (now: $(ID))' \
 	  PYTHON 'the Python (3.11 to 3.13) that set-up starts from (now: $(PYTHON))'
 
@@ -217,4 +244,7 @@ help: ## this text
 uv.lock: pyproject.toml .venv/.setup
 	.venv/bin/uv lock --quiet --python $(PY)
 	touch $@
+# Order-only for the stages: new images are no reason to run one again.
+$(IMAGES:%=.images/%.iid): .images/%.iid: docker/Dockerfile docker/runner.py docker/requirements/uv.txt $(LOCKS) | .venv/.setup
+	$(PY) docker/images.py $*
 FORCE:

@@ -1,10 +1,12 @@
-"""The Hugging Face Hub: data sets read row by row at a pinned commit, files downloaded at a pinned revision.
+"""The Hugging Face Hub: data sets read by row at a pinned commit, files at a pinned revision, folders uploaded.
 
 ::
 
     data = open_dataset("OpenAssistant/oasst1", revision="main")     # .commit is what main is now
     for place, row in data.rows(seed=13, buffer=1_000): ...          # ("data/train-00000.parquet:17", {...})
     folder = download("org/model", revision="<commit hash>", patterns=("*.json",), kind="model")
+    done = upload("org/model", Path("release/model"), token=token, mark="synthmill", message="v2")
+    verify("org/model", done.commit, Path("release/model"), token=token)
 
 Call :meth:`shared.stage.Stage.services` first: the libraries read where the Hub is when they are imported, which here
 is on first use.
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import KeyMissingError, ProviderError, SettingsError
+from shared.stage import sha256_of
 
 Kind = Literal["dataset", "model"]
 
@@ -157,6 +160,112 @@ def download(repo_id: str, revision: str, patterns: Sequence[str], kind: Kind = 
     return path
 
 
+# ---------------------------------------------------------------- uploads
+
+GIT_ATTRIBUTES = ".gitattributes"
+"""The Hub's own file in every repository, which says what Git LFS keeps."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A folder on the Hub.
+
+    Attributes:
+        commit: that holds it; the one there was when nothing had changed.
+        private: whether the repository is.
+        url: its page.
+    """
+
+    commit: str
+    private: bool
+    url: str
+
+
+def endpoint() -> str:
+    """The address of the Hub that this process reads and writes, as ``https://host``."""
+    _prepare()
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def upload(repo_id: str, folder: Path, *, token: str, mark: str, message: str, kind: Kind = "model") -> Uploaded:
+    """Make a repository hold exactly the files of a folder; a missing one is made first, and private.
+
+    Files that are there and not in the folder go (Git keeps them); so a repository that somebody else's work is in is
+    refused: the card of ours has the tag ``mark``. The same bytes again make no commit.
+
+    Args:
+        token: that may write there.
+        message: of the commit.
+
+    Raises:
+        KeyMissingError: the token is refused, or may not write there.
+        SettingsError: the repository holds something else.
+        ProviderError: the Hub does not answer, or changes underneath.
+    """
+    _prepare()
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _explained(repo_id, "main", kind):
+        api.create_repo(repo_id, repo_type=kind, private=True, exist_ok=True)
+        private = bool(api.repo_info(repo_id, repo_type=kind).private)
+        there = set(api.list_repo_files(repo_id, repo_type=kind)) - {GIT_ATTRIBUTES}
+        if there and mark not in _card_tags(repo_id, kind, token, there):
+            raise SettingsError(
+                f"{kind} {repo_id} holds {len(there)} files, and its card lacks the tag {mark!r}: it was not made by "
+                "this pipeline, and what it holds would be replaced",
+                "give the name of a repository that does not exist yet",
+            )
+        done = api.upload_folder(
+            repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message, delete_patterns="*"
+        )
+        return Uploaded(str(done.oid), private, _page(repo_id, kind))
+
+
+def verify(repo_id: str, commit: str, folder: Path, *, token: str, kind: Kind = "model") -> dict[str, str]:
+    """Download a commit afresh and compare it with the folder it was made from; SHA-256 by path.
+
+    Raises:
+        ProviderError: a file is missing, one too many or different, or the Hub does not answer.
+        KeyMissingError, SettingsError: as for :func:`download`.
+    """
+    _prepare()
+    from huggingface_hub import snapshot_download
+
+    with tempfile.TemporaryDirectory(prefix="synthmill-verify-") as fresh, _explained(repo_id, commit, kind):
+        # A cache of its own: one that is shared could hold the very bytes that were uploaded.
+        got = snapshot_download(repo_id, repo_type=kind, revision=commit, cache_dir=fresh, token=token)
+        here, there = _hashes(folder), _hashes(Path(got))
+    there.pop(GIT_ATTRIBUTES, None)
+    if differing := sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
+        raise ProviderError(
+            f"{kind} {repo_id} at {commit[:12]} is not what was uploaded: {', '.join(differing[:5])} "
+            f"{'is' if len(differing) == 1 else 'are'} missing, new or different",
+            "run the same command: it uploads again what differs",
+        )
+    return here
+
+
+def _card_tags(repo_id: str, kind: Kind, token: str, there: set[str]) -> list[str]:
+    """The tags of a repository's card; none when it has no card, or one that cannot be read."""
+    from huggingface_hub import RepoCard
+
+    if "README.md" not in there:
+        return []
+    try:
+        return list(RepoCard.load(repo_id, repo_type=kind, token=token).data.get("tags") or [])
+    except (ValueError, TypeError):  # no front matter, or none that is YAML
+        return []
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
+
+
 # ---------------------------------------------------------------- the libraries
 
 
@@ -222,7 +331,17 @@ def _explained(repo_id: str, revision: str, kind: Kind = "dataset") -> Iterator[
         response = getattr(error, "response", None)
         if response is not None and response.status_code == 401:
             raise KeyMissingError(
-                f"the Hub refuses the token in HF_TOKEN when asked for {repo_id}", "put a valid read token in .env"
+                f"the Hub refuses the token in HF_TOKEN when asked for {repo_id}",
+                "put a valid read token in .env; to push, one that may write",
+            ) from None
+        if response is not None and response.status_code == 403:
+            raise KeyMissingError(
+                f"the owner of HF_TOKEN may not do this with {kind} {repo_id}: {_told(error)}",
+                "put a token with the role write of somebody who may into .env, or give another name",
+            ) from None
+        if response is not None and response.status_code == 412:
+            raise ProviderError(
+                f"{kind} {repo_id} got another commit meanwhile", "see who writes to it, then run the same command"
             ) from None
         raise _unreachable(repo_id, error) from None
     except Exception as error:
@@ -292,6 +411,11 @@ def _unreachable(repo_id: str, error: Exception) -> ProviderError:
     return ProviderError(
         f"the Hub does not give {repo_id}: {_first_line(error)}", "check the network, then run the same command"
     )
+
+
+def _told(error: Exception) -> str:
+    """The Hub's own words."""
+    return str(getattr(error, "server_message", None) or _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

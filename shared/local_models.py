@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from shared.errors import SettingsError
+from shared import hub
+from shared.errors import SettingsError, SynthmillError
 from shared.records import content_id
 from shared.stage import ROOT, sha256_of
 
@@ -100,16 +101,13 @@ def directory_of(spec: str, services: Callable[[], None], files: list[str] | Non
     if not on_hub(spec):
         return place_of(spec)
     services()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     repository, _, revision = spec.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        return hub.download(repository, revision, files or ["*"])
+    except SynthmillError as error:
         raise SettingsError(
-            f"{spec} cannot be had from the Hub: {str(error).strip().splitlines()[0]}",
-            "check name and revision; for a gated repository set HF_TOKEN; offline, give a local directory",
+            f"{spec} cannot be had from the Hub: {error.what}",
+            f"{error.mend}; offline, give a local directory",
         ) from error
 
 

@@ -17,10 +17,12 @@ import math
 import re
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
 from shared.llm import Models, Reply, Request, chat, fill
+from shared.llm.catalogue import catalogue
 from shared.records import Domain, Part, TaskScore, Verdict, Verdicts
 
 
@@ -83,8 +85,19 @@ class Unjudged(Part):
     detail: str
 
 
+class Scored(NamedTuple):
+    """One task done by one member: the score, and the two answers it compares."""
+
+    score: TaskScore
+    verbose: str
+    compressed: str
+
+
 class Panel:
     """The panel of one stage.
+
+    Accepted is a pair that every member accepts: the same pairs whether ``exhaustive`` or not. Without it the panel
+    asks the cheapest member first, one task after the other, and stops where the pair can no longer be accepted.
 
     Args:
         models: where to ask.
@@ -96,6 +109,7 @@ class Panel:
         max_tokens: of an answer.
         threshold: the lowest ``min_equivalence`` that passes.
         judge: a model that must also call every two answers equivalent; ``""`` = none.
+        exhaustive: ask every member every task whatever the others say: for the scores of pairs that fail.
     """
 
     def __init__(
@@ -110,60 +124,97 @@ class Panel:
         max_tokens: int = 1024,
         threshold: float = 0.80,
         judge: str = "",
+        exhaustive: bool = True,
     ) -> None:
         self.models, self.members, self.tasks, self.prompts = models, members, tasks, prompts
         self.embedder, self.dimensions, self.max_tokens = embedder, dimensions, max_tokens
-        self.threshold, self.judge = threshold, judge
+        self.threshold, self.judge, self.exhaustive = threshold, judge, exhaustive
         models.require(*members, *([judge] if judge else []))
         models.require_embedder(embedder)
 
     async def compare(self, domain: Domain, verbose: str, compressed: str) -> Verdicts | Unjudged:
         """The panel's verdicts on one pair, or why there is none."""
-        views = await asyncio.gather(*(self._member(m, domain, verbose, compressed) for m in self.members))
+        views: list[Verdict | Unjudged] = []
+        if self.exhaustive:
+            views += await asyncio.gather(*(self._member(m, domain, verbose, compressed) for m in self.members))
+        else:
+            for model in self._order():  # until one does not accept the pair: then the others cannot save it
+                views.append(view := await self._member(model, domain, verbose, compressed))
+                if isinstance(view, Unjudged) or not self._accepts(view):
+                    break
         if unjudged := [view for view in views if isinstance(view, Unjudged)]:
             return unjudged[0]
-        panel = tuple(view for view in views if isinstance(view, Verdict))
+        verdicts = [view for view in views if isinstance(view, Verdict)]
+        panel = tuple(sorted(verdicts, key=lambda verdict: self.members.index(verdict.model)))
         lowest = min(verdict.equivalence for verdict in panel)
         return Verdicts(
             panel=panel,
             min_equivalence=lowest,
             mean_equivalence=round(sum(verdict.equivalence for verdict in panel) / len(panel), 4),
             threshold=self.threshold,
-            passed=lowest >= self.threshold and all(verdict.judged is not False for verdict in panel),
+            passed=all(map(self._accepts, panel)),
         )
+
+    def _order(self) -> Sequence[str]:
+        """Whom to ask first: the cheapest, by the price of its answers; of two alike the first of the settings."""
+        return sorted(self.members, key=lambda model: catalogue().card(model).price().output)
+
+    def _accepts(self, verdict: Verdict) -> bool:
+        return verdict.equivalence >= self.threshold and verdict.judged is not False
 
     async def _member(self, model: str, domain: Domain, verbose: str, compressed: str) -> Verdict | Unjudged:
-        scores = await asyncio.gather(*(self._task(model, name, verbose, compressed) for name in self.tasks[domain]))
-        if unjudged := [score for score in scores if isinstance(score, Unjudged)]:
+        tasks = self.tasks[domain]
+        if self.exhaustive:
+            done = list(await asyncio.gather(*(self._task(model, task, verbose, compressed) for task in tasks)))
+        else:
+            done = []
+            for task in tasks:
+                done.append(await self._task(model, task, verbose, compressed))
+                if isinstance(done[-1], Unjudged) or self._equivalence(done, len(tasks)) < self.threshold:
+                    break
+        if unjudged := [each for each in done if isinstance(each, Unjudged)]:
             return unjudged[0]
-        done = [score for score in scores if not isinstance(score, Unjudged)]
+        scored = [each for each in done if isinstance(each, Scored)]
+        equivalence, judged = self._equivalence(scored, len(tasks)), None
+        if self.judge and (self.exhaustive or equivalence >= self.threshold):
+            views = await asyncio.gather(*(self._judged(each) for each in scored))
+            if unjudged := [view for view in views if isinstance(view, Unjudged)]:
+                return unjudged[0]
+            judged = all(views)
         return Verdict(
             model=model,
-            equivalence=round(sum(score.similarity for score, _ in done) / len(done), 4),
-            tasks=tuple(score for score, _ in done),
-            judged=all(judged for _, judged in done) if self.judge else None,
+            equivalence=equivalence,
+            tasks=tuple(each.score for each in scored),
+            judged=judged,
+            stopped=True if len(scored) < len(tasks) else None,
         )
 
-    async def _task(
-        self, model: str, task: str, verbose: str, compressed: str
-    ) -> tuple[TaskScore, bool | None] | Unjudged:
+    @staticmethod
+    def _equivalence(done: Sequence[Scored | Unjudged], tasks: int) -> float:
+        """The mean over all tasks, counting 1 for those not asked: the highest it can still become."""
+        scores = [each.score.similarity for each in done if isinstance(each, Scored)]
+        return round((sum(scores) + tasks - len(scores)) / tasks, 4)
+
+    async def _task(self, model: str, task: str, verbose: str, compressed: str) -> Scored | Unjudged:
         full, short = await asyncio.gather(self._answer(model, task, verbose), self._answer(model, task, compressed))
         for reply, side in ((full, "verbose"), (short, "compressed")):
             if reply.problem:
                 return Unjudged(reason=reply.problem, detail=f"{model} on {task} from the {side} text: {reply.detail}")
         a, b = full.parsed.text(), short.parsed.text()
-        judged = None
-        if self.judge:
-            prompt = fill(self.prompts["judge"], a=a, b=b)
-            verdict = await self.models.ask(Request(model=self.judge, messages=chat("", prompt), response=Judgement))
-            if verdict.problem:
-                return Unjudged(reason=verdict.problem, detail=f"judge {self.judge} on {task}: {verdict.detail}")
-            judged = verdict.parsed.equivalent
         similarity = await self.similarity(a, b, code=TASKS[task] is Code)
         if similarity is None:
             return Unjudged(reason="bad_request", detail=f"{self.embedder} refuses {model}'s answer on {task}")
         score = TaskScore(task=task, similarity=similarity, verbose_reply=full.key, compressed_reply=short.key)
-        return score, judged
+        return Scored(score, a, b)
+
+    async def _judged(self, scored: Scored) -> bool | Unjudged:
+        prompt = fill(self.prompts["judge"], a=scored.verbose, b=scored.compressed)
+        verdict = await self.models.ask(Request(model=self.judge, messages=chat("", prompt), response=Judgement))
+        if verdict.problem:
+            return Unjudged(
+                reason=verdict.problem, detail=f"judge {self.judge} on {scored.score.task}: {verdict.detail}"
+            )
+        return bool(verdict.parsed.equivalent)
 
     async def _answer(self, model: str, task: str, text: str) -> Reply:
         messages = chat(self.prompts["system"], fill(self.prompts[task], text=text))
@@ -207,6 +258,12 @@ _KEYWORDS = frozenset(
     "yield async await pass break continue none true false self this function const let var new type func fn pub impl "
     "struct enum match mut use mod end begin select where case then null void int str string bool float".split()
 )  # fmt: skip
+
+
+def carried(verbose: str, compressed: str, *, code: bool = False) -> float:
+    """The share of the verbose text's facts (see :func:`agreement`) that the compressed one still has; 1 without."""
+    facts = (_code_facts if code else _facts)(verbose)
+    return len(facts & (_tokens(compressed) | _negated(compressed))) / len(facts) if facts else 1.0
 
 
 def agreement(a: str, b: str, *, code: bool = False) -> float:

@@ -31,18 +31,20 @@ from typing import Any, Literal
 from shared import apis
 from shared.errors import SettingsError, SynthmillError, complain
 from shared.estimate import Row, estimate, load_params, measured, offered, spine, still_to_pay, total_usd, unforeseen
-from shared.llm.catalogue import catalogue
+from shared.llm.catalogue import NANO, catalogue
 from shared.llm.models import budget_from_env
 from shared.llm.providers import KEY_NAMES, PROVIDERS, OpenAI, check_key
-from shared.llm.volume import Volume
-from shared.records import Domain
-from shared.stage import ROOT, shown
+from shared.llm.types import Usage
+from shared.llm.volume import Volume, tokens_of
+from shared.records import Domain, Example
+from shared.stage import ROOT, read_records, shown
 from shared.stats import DATA, open_store
 
 NETWORK_S = 10.0
 """For all network checks together, because they run at the same time."""
 PRICES_DAYS = 90
 """Older prices get a warning: vendors changed theirs four times in the half year the table covers."""
+TRAIN = "14_train"
 GIB = 2**30
 BYTES_PER_RECORD = 100_000
 """Eight stage files and their rejects (40 kB), a vector (4 kB), 8 answers and their embeddings, stored (50 kB)."""
@@ -50,6 +52,10 @@ ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
 """What an mlx-lm adapter is made of."""
 DOWNLOADS_BYTES = 3 * GIB
 """Shallow clones of the production sources (about 0.5 GiB) and the Hub's cache of the files rows are read from."""
+RANK_KNOWN = 32
+"""The lowest limit on an adapter's rank known of any model at Tinker; a model's own is told only when it is made."""
+TURN_TOKENS = 5
+"""The chat template's own, for each message."""
 MODEL_BYTES = 5 * GIB
 """A 4B model at 8 bits, as it is downloaded and as it lies in memory; its cache and the system want as much again."""
 
@@ -216,6 +222,75 @@ def budget(rows: list[Row], run: str, data: Path, mode: str, cap: float | None) 
     return Check("budget", "ok", found)
 
 
+# ---------------------------------------------------------------- training
+
+
+def training(run: str, loaded: Stages) -> tuple[Stages, list[Check]]:
+    """The settings of 14 for every track, whether or not the run's spine has it; a miss where they do not load."""
+    found: Stages = {}
+    checks: list[Check] = []
+    for track in dict.fromkeys(track for track, _ in loaded):
+        try:
+            found[track, TRAIN] = loaded.get((track, TRAIN)) or load_params(TRAIN, run, track)
+        except SynthmillError as error:
+            if (check := missed(f"settings {TRAIN}", error)) not in checks:
+                checks.append(check)
+    return found, checks
+
+
+def trainer(module: ModuleType, params: Any) -> list[Check]:
+    """Whether 14 can train: what its backend checks of its settings, and what it needs on this machine."""
+    try:
+        backend = module.backend_of(params, lambda: None)
+    except SynthmillError as error:
+        return [missed("training", error)]
+    checks = [Check("training", "ok", f"{params.backend}: {backend.model}")]
+    needed: tuple[str, ...] = ("mlx.core", "mlx_lm")
+    if params.backend == "tinker":
+        rank = params.tinker.rank
+        if rank > RANK_KNOWN:
+            found = f"{rank}; above {RANK_KNOWN} a model may refuse, which is known only when training begins"
+            checks.append(
+                Check("tinker.rank", "warn", found, f"rank = {RANK_KNOWN} in [tinker]; nothing is paid before")
+            )
+        needed = ("tinker", "transformers", "jinja2")
+    for name in needed:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            checks.append(Check(f"training {name}", "MISS", str(error), "make setup"))
+    return checks
+
+
+def service(module: ModuleType, params: Any) -> list[Check]:
+    """Whether Tinker takes our key and still trains the model, on sequences as long as ours."""
+    return [Check("tinker", "ok", f"key accepted, {module.backend_of(params, lambda: None).check()}")]
+
+
+def training_cost(track: str, params: Any, examples: Path, run: str, data: Path, mode: str) -> list[Check]:
+    """What training on the examples that are there will cost, against what is left of ``BUDGET_USD``.
+
+    14 counts again with the model's own tokenizer before its first step; this is bytes / 4.
+    """
+    name = f"training {track}"
+    if not examples.exists():
+        return [Check(name, "ok", f"{shown(examples)} is not made yet; 14 shows the cost before its first step")]
+    records = list(read_records(examples, Example))
+    tokens = sum(tokens_of(m.content) + TURN_TOKENS for one in records for m in one.messages)
+    calls = params.tinker.calls(len(records), tokens)
+    usd = sum(catalogue().card(c.model).price().nano(Usage(input=round(c.input_tokens))) for c in calls) / NANO
+    found, cap = f"about ${usd:,.4f} for {len(records):,} examples", budget_from_env()
+    if cap is None:
+        return [Check(name, "ok", found)]
+    store = open_store(data, mode)
+    left = max(0.0, cap - (store.spent_usd(run) if store else 0.0))
+    if store:
+        store.close()
+    found = f"{found}; ${left:,.4f} of BUDGET_USD={cap:g} are left"
+    mend = f"BUDGET_USD={cap - left + usd * 1.2:.2f} make {run}, or fewer epochs"
+    return [Check(name, "ok" if usd <= left else "MISS", found, mend if usd > left else "")]
+
+
 # ---------------------------------------------------------------- over the network
 
 
@@ -365,6 +440,18 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
             continue
         for call in calls:
             asked.setdefault((call.model.partition("/")[0], call.base_url), set()).add(call.model)
+    trained, more = training(run, loaded)
+    checks += more
+    for (track, _), (module, params) in trained.items():
+        checks += [check for check in trainer(module, params) if check not in checks]  # once, not once a track
+        if params.backend == "tinker" and params.tinker:
+            network["tinker"] = partial(service, module, params)
+            for call in module.calls(params, one):
+                asked.setdefault(("tinker", ""), set()).add(call.model)
+            try:
+                checks += training_cost(track, params, data / run / track / "13_format.jsonl", run, data, mode)
+            except SynthmillError as error:
+                checks.append(missed(f"training {track}", error))
     if whole and (silent := unforeseen(run)):
         found = f"{', '.join(silent)} ask models that are not checked here and not in the estimate"
         checks.append(Check("models", "warn", found, "give each a calls() function in its main.py"))

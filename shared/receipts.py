@@ -153,7 +153,10 @@ class Contestant(Part):
 
 
 class Gate(Part):
-    """A target of the settings: ``low <= metric of the candidate <= high``; ``None`` is no bound."""
+    """A target of the settings: ``low <= figure of the candidate <= high``; ``None`` is no bound.
+
+    ``metric`` names a figure of the candidate, or a difference: ``mean_equivalence_minus_baseline``.
+    """
 
     metric: str
     low: float | None
@@ -173,7 +176,8 @@ class EvaluateReceipt(Part):
         contestants: the candidate first.
         differences: candidate minus the other, paired by record, by the other's name and metric.
         passed: whether every gate is.
-        cost_usd: what the panel was paid.
+        cost_usd: what the panel was ever paid for evaluating this run and track; stored answers cost once.
+        packages: versions of those that decide the figures.
     """
 
     stage: Literal["15_evaluate"] = "15_evaluate"
@@ -217,3 +221,98 @@ def read_train_receipt(path: Path) -> tuple[TrainReceipt, Path]:
         first = str(error).splitlines()[0]
         raise SettingsError(f"{shown(path)} is no receipt of training: {first}", mend) from None
     return receipt, path.parent / receipt.run_id
+
+
+class Reason(Part):
+    """Why something is not published.
+
+    Attributes:
+        code: short and stable (``gate_failed``, ``standin``, ``licence``).
+        blocks: ``staging``, so that nothing is even laid out; ``push``, to any Hub; ``real_hub``, to any but the
+            stand-in's.
+        text: for a person: the figures, the file, what to do.
+    """
+
+    code: str
+    blocks: Literal["staging", "push", "real_hub"]
+    text: str
+
+
+class ReleasedRepository(Part):
+    """A repository that was laid out, and pushed when ``commit`` says where.
+
+    Attributes:
+        directory: relative to the receipt's.
+        repo: ``org/name`` on the Hub; a placeholder when nobody has said.
+        files: SHA-256 of every file, by path in the repository.
+        commit: of the push, downloaded again and found equal; ``None`` when it was staged only.
+        private: whether it is, on the Hub.
+        url: its page, ``""`` when it was staged only.
+    """
+
+    kind: Literal["model", "dataset"]
+    directory: str
+    repo: str
+    files: dict[str, str]
+    commit: str | None = None
+    private: bool | None = None
+    url: str = ""
+
+
+class ReleaseReceipt(Part):
+    """16 release.
+
+    Attributes:
+        run_id: of the adapter; ``train_sha256`` and ``evaluate_sha256`` are the receipts', ``data_sha256`` the records'.
+        apis: how the command was run; ``made_by_standin`` is about all that was used, and bars every real Hub.
+        reasons: all that stands against a push, whether or not this was one.
+        licences: examples by SPDX expression; ``obligations`` says what some of them ask of whoever publishes.
+        repositories: the model's, then the data set's.
+        pushed: whether they are on the Hub at ``endpoint``.
+        cost_usd: ever paid for this run and track: data, training and evaluation.
+    """
+
+    stage: Literal["16_release"] = "16_release"
+    run: str
+    track: str
+    run_id: str
+    train_sha256: str
+    evaluate_sha256: str
+    data_sha256: str
+    apis: str
+    made_by_standin: bool
+    reasons: tuple[Reason, ...]
+    licences: dict[str, int]
+    obligations: dict[str, str]
+    repositories: tuple[ReleasedRepository, ...]
+    pushed: bool
+    endpoint: str
+    settings: dict[str, Any]
+    counts: Counts
+    cost_usd: float
+    seconds: float
+    finished_at: str
+    git: str
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+    def line(self) -> bytes:
+        """The receipt as it is on disk."""
+        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def read_evaluate_receipt(path: Path) -> EvaluateReceipt:
+    """The receipt at ``models/<run>/<track>/15_evaluate.json``.
+
+    Raises:
+        SettingsError: there is none, or it is not readable as one.
+    """
+    mend = "make stage15"
+    try:
+        return EvaluateReceipt.model_validate(orjson.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise SettingsError(f"no receipt of an evaluation at {shown(path)}", mend) from None
+    except (orjson.JSONDecodeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingsError(f"{shown(path)} is no receipt of an evaluation: {first}", mend) from None

@@ -203,17 +203,22 @@ class TaskScore(Part):
 class Verdict(Part):
     """One panel model's view of one pair; ``equivalence`` is the mean similarity over its tasks.
 
-    ``judged`` is the optional LLM judge's boolean; ``None`` when no judge was asked.
+    ``stopped``: not all tasks were asked, because ``equivalence``, now the highest that could still come of it, is below
+    the threshold already. ``judged`` is the optional LLM judge's boolean; ``None`` when no judge was asked.
     """
 
     model: str
     equivalence: float
     tasks: tuple[TaskScore, ...]
     judged: bool | None = None
+    stopped: Literal[True] | None = None
 
 
 class Verdicts(Part):
-    """04 validate: the panel. ``min_equivalence`` is the lowest model's; ``passed`` compares it to the threshold."""
+    """04 validate: the panel. ``min_equivalence`` is the lowest model's; ``passed`` compares it to the threshold.
+
+    A pair that did not pass may lack models: once one has found it not equivalent the others need not be asked.
+    """
 
     panel: tuple[Verdict, ...]
     min_equivalence: float

@@ -140,7 +140,8 @@ def test_a_measured_input_leaves_only_the_answers_to_guess(tmp_path: Path) -> No
     rows = of_track(forecast.estimate("trial", tmp_path / "data"))
     row = rows["04_validate", "anthropic/claude-haiku-5-5"]
 
-    assert row.calls == (160, 160, 160), "40 pairs, 2 tasks, 2 texts"
+    expected = 40 * 2 * (1 + 0.65 + 0.35 * 0.7)
+    assert row.calls == pytest.approx((expected,) * 3), "40 pairs, 2 texts, 2 tasks, the second not of all that fail"
     assert row.basis.endswith("03_compress.jsonl") and not row.basis.startswith("from ")
     assert row.usd[0] < row.usd[1] < row.usd[2]
 
@@ -150,7 +151,8 @@ def test_without_an_input_the_nearest_file_upstream_is_carried_on_by_keep_rates(
 
     row = of_track(forecast.estimate("trial", tmp_path / "data"))["04_validate", "openai/gpt-6-luna"]
 
-    expected = [100 * forecast.KEPT["02_merge"][k] * forecast.KEPT["03_compress"][k] * 4 for k in range(3)]
+    reach = 0.65 + 0.35 * 0.35
+    expected = [100 * forecast.KEPT["02_merge"][k] * forecast.KEPT["03_compress"][k] * 4 * reach for k in range(3)]
     assert row.calls == pytest.approx(expected)
     assert row.basis.startswith("from ") and row.basis.endswith("01_acquire.jsonl")
 
@@ -182,7 +184,7 @@ def test_with_nothing_there_the_limits_of_the_sources_count(tmp_path: Path) -> N
 
     row = of_track(forecast.estimate("trial", tmp_path / "data"))["04_validate", "openai/gpt-6-luna"]
 
-    assert row.calls[2] == pytest.approx(limits * 4), "high: every source is full and every text goes on"
+    assert row.calls[2] == pytest.approx(limits * 4 * 0.7725), "every source is full and every text goes on"
     assert 0 < row.calls[0] < row.calls[1] < row.calls[2]
     assert not (tmp_path / "data").exists(), "an estimate makes nothing"
 
@@ -197,7 +199,7 @@ def stage_calls(name: str, volumes: dict[Domain, Volume], **changes: object) -> 
 
 
 def test_04_asks_every_member_every_task_from_both_texts_and_embeds_the_answers() -> None:
-    calls = stage_calls("04_validate", {"code": Volume(10, 100, 50)}, limit=0)
+    calls = stage_calls("04_validate", {"code": Volume(10, 100, 50)}, limit=0, exhaustive=True)
     by_model = {model: [c for c in calls if c.model == model] for model in {c.model for c in calls}}
     prompts = ROOT / "stages" / "04_validate" / "prompts"
     system = tokens_of((prompts / "system.txt").read_text())
@@ -215,9 +217,18 @@ def test_04_asks_every_member_every_task_from_both_texts_and_embeds_the_answers(
     assert sum(c.output_tokens for c in embedded) == 0
 
 
+def test_a_panel_that_stops_early_is_expected_to_ask_less_and_at_most_as_much() -> None:
+    volumes: dict[Domain, Volume] = {"code": Volume(10, 100, 50)}
+    every, fewer = (stage_calls("04_validate", volumes, limit=0, exhaustive=exhaustive) for exhaustive in (True, False))
+
+    assert sum(c.calls for c in fewer) < sum(c.calls for c in every)
+    assert sum(c.output_tokens * c.high for c in fewer) == pytest.approx(sum(c.output_tokens * c.high for c in every))
+
+
 def test_a_judge_is_asked_about_every_two_answers() -> None:
-    without = stage_calls("04_validate", {"prose": Volume(10, 100, 50)}, limit=0)
-    judged = stage_calls("04_validate", {"prose": Volume(10, 100, 50)}, limit=0, judge="anthropic/claude-opus-5-5")
+    every = {"limit": 0, "exhaustive": True}
+    without = stage_calls("04_validate", {"prose": Volume(10, 100, 50)}, **every)
+    judged = stage_calls("04_validate", {"prose": Volume(10, 100, 50)}, **every, judge="anthropic/claude-opus-5-5")
 
     extra = [c for c in judged if c.model == "anthropic/claude-opus-5-5"]
     assert sum(c.calls for c in extra) == 10 * 2 * 2, "panel of two, two tasks"
@@ -233,7 +244,7 @@ def test_the_subset_that_a_limit_takes_is_as_long_as_the_estimate_says(tmp_path:
     chosen = module.subset(path, limit, 42)
     real = sum(size for number, size in enumerate(sizes) if pair(number, size).id in chosen) / limit
 
-    asked = stage_calls("04_validate", forecast.measured(path), limit=limit)
+    asked = stage_calls("04_validate", forecast.measured(path), limit=limit, exhaustive=True)
     luna = [c for c in asked if c.model == "openai/gpt-6-luna"]
     mean = sum(c.output_tokens for c in luna) / limit / 4 / module.ANSWER_SHARE["key_points"]
 
@@ -270,9 +281,9 @@ def test_a_stage_can_say_in_one_line_what_it_is_about_to_ask(tmp_path: Path) -> 
     some = forecast.announcement(module, "04_validate", params, path, limit=10)
 
     assert re.fullmatch(
-        r"04_validate  about 480 calls, \$0\.\d{4} \(\$0\.\d{4} to \$0\.\d{4}\), less what is stored", whole
+        r"04_validate  about 413 calls, \$0\.\d{4} \(\$0\.\d{4} to \$0\.\d{4}\), less what is stored", whole
     )
-    assert "about 120 calls" in some
+    assert "about 103 calls" in some
     assert forecast.announcement(forecast.load_stage("02_merge"), "02_merge", params, path) == ""
 
 
@@ -326,7 +337,7 @@ def test_the_estimate_is_within_a_fifth_of_what_the_trial_then_costs(tmp_path: P
         assert low < paid < high
         assert expected == pytest.approx(paid, rel=0.2)
     for key in (("04_validate", "anthropic/claude-haiku-5-5"), ("04_validate", "openai/gpt-6-luna")):
-        assert after[key].calls[1] == asked[key], "every pair is asked exactly what the estimate says"
+        assert after[key].calls[1] == pytest.approx(asked[key], rel=0.2)
     still = forecast.still_to_pay(list(after.values()), "trial", tmp_path / "data", "mock")
     assert still < 0.2 * paid, "what is paid is not to be paid again"
 
@@ -339,7 +350,7 @@ def test_the_command_prints_the_table_and_the_rest_of_the_budget(tmp_path: Path)
 
     assert said.returncode == 0, said.stderr
     assert catalogue().checked in said.stdout
-    assert re.search(r"04_validate +openai/gpt-6-luna +16 ", said.stdout)
+    assert re.search(r"04_validate +openai/gpt-6-luna +12 ", said.stdout)
     assert "BUDGET_USD=2 for RUN=trial: 0.0000 spent, 2.0000 left" in said.stdout
     assert not (tmp_path / "data" / "cache").exists()
 

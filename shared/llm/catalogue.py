@@ -15,18 +15,19 @@ from shared.llm.types import Request, Usage
 from shared.records import Part
 
 PATH = Path(__file__).with_name("models.toml")
-PROVIDERS = ("anthropic", "openai", "gemini", "endpoint")
+PROVIDERS = ("anthropic", "openai", "gemini", "endpoint", "tinker")
 NANO = 1_000_000_000
 """Money is counted in whole nanodollars, so that sums are exact: 0.10 USD per million tokens is 100 a token."""
 
 
 class Price(Part):
-    """USD per one million tokens, valid until the end of the day ``until`` (UTC)."""
+    """USD per one million tokens, valid until the end of the day ``until`` (UTC); ``storage``: per GB and month."""
 
     input: float
     output: float
     cached: float | None = None
     write: float | None = None
+    storage: float | None = None
     until: datetime.date | None = None
 
     def nano(self, usage: Usage, batch: bool = False) -> int:
@@ -105,10 +106,13 @@ class Catalogue:
             + ", ".join(sorted(self.cards)),
         )
 
-    def worst_nano(self, request: Request) -> int:
-        """The most one call can cost, in nanodollars: the bound on its input and all of its ``max_tokens``."""
+    def worst_nano(self, request: Request, bound: int = 0) -> int:
+        """The most one call can cost, in nanodollars: the bound on its input and all of its ``max_tokens``.
+
+        ``bound``: what ``request.input_tokens_bound()`` said, when it was asked already.
+        """
         card = self.card(request.model)
-        tokens = request.input_tokens_bound()
+        tokens = bound or request.input_tokens_bound()
         if card.max_input is not None and tokens > card.max_input:
             raise BudgetError(
                 f"{request.model}: up to {tokens:,} tokens asked; the price above {card.max_input:,} is not known",

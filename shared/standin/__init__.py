@@ -1,4 +1,4 @@
-"""A loopback stand-in for every paid service: Anthropic, OpenAI, Gemini and the Hugging Face Hub, on one port.
+"""A loopback stand-in for every paid service: Anthropic, OpenAI, Gemini, Tinker and the Hugging Face Hub, on one port.
 
 It speaks the real wire protocols, so the real SDKs work against it unmodified::
 
@@ -6,7 +6,8 @@ It speaks the real wire protocols, so the real SDKs work against it unmodified::
         os.environ["ANTHROPIC_BASE_URL"] = url
 
 By hand: ``python -m shared.standin``. Settings, all from the environment, are in :mod:`shared.standin.__main__`.
-Behind the protocols sits a small deterministic text engine (:mod:`shared.standin.engine`); nothing is downloaded.
+Behind the protocols sits a small deterministic text engine (:mod:`shared.standin.engine`), behind Tinker's a small
+model that is really trained (:mod:`shared.standin.tinker_engine`); nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def start() -> Iterator[str]:
         SettingsError: it does not come up within :data:`START_S` seconds.
     """
     environment = dict(os.environ)
-    if log := environment.get("STANDIN_LOG"):
-        environment["STANDIN_LOG"] = os.path.abspath(log)  # the child runs in the repository
+    for name in ("STANDIN_LOG", "STANDIN_STATE"):
+        if path := environment.get(name):
+            environment[name] = os.path.abspath(path)  # the child runs in the repository
     child = subprocess.Popen(
         [sys.executable, "-m", "shared.standin", "--child"],
         cwd=ROOT,

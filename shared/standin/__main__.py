@@ -3,7 +3,7 @@
     python -m shared.standin --port 8080 --faults "429=0.05,seed=7"
 
 Each flag is also an environment variable, so that ``make trial`` and ``start()`` can pass it:
-``STANDIN_FAULTS`` ``STANDIN_RATE`` ``STANDIN_LATENCY_S`` ``STANDIN_BAD_SHARE`` ``STANDIN_LOG``.
+``STANDIN_FAULTS`` ``STANDIN_RATE`` ``STANDIN_LATENCY_S`` ``STANDIN_BAD_SHARE`` ``STANDIN_LOG`` ``STANDIN_STATE``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from typing import NoReturn
 
 from shared.errors import SettingsError
-from shared.standin import faults
+from shared.standin import faults, tinker_store
 from shared.standin.engine import BAD_SHARE
 from shared.standin.server import Settings, serve
 
@@ -31,6 +31,7 @@ def main() -> None:
         ("latency-s", "0", "seconds added to each answer of a model; 0 = none"),
         ("bad-share", str(BAD_SHARE), "share of texts, 0 to 1, that are compressed badly"),
         ("log", "", "file to append one JSON line a request to; '' = none"),
+        ("state", "", "directory of what outlives the process, as Tinker's checkpoints; '' = a temporary one"),
     ):
         name = f"STANDIN_{flag.upper().replace('-', '_')}"
         parser.add_argument(f"--{flag}", default=os.environ.get(name) or default, help=f"{text} ({name})")
@@ -43,10 +44,13 @@ def main() -> None:
             latency_s=_number("STANDIN_LATENCY_S", flags.latency_s),
             bad_share=_number("STANDIN_BAD_SHARE", flags.bad_share),
             log=flags.log,
+            state=flags.state,
         )
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    if flags.state:
+        os.environ["STANDIN_STATE"] = flags.state  # where the Hub looks for it
     if flags.child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; then our stdin ends
 
@@ -61,6 +65,7 @@ def main() -> None:
         asyncio.run(run())
     except KeyboardInterrupt:
         print("\nthe stand-in cloud has ended", file=sys.stderr)
+        tinker_store.forget()
     except OSError as error:
         print(f"error: cannot listen on {flags.host}:{flags.port}: {error}\n  next: --port 0", file=sys.stderr)
         sys.exit(2)
@@ -73,6 +78,7 @@ def _end_with_parent() -> None:
 
 
 def _exit() -> NoReturn:
+    tinker_store.forget()
     os._exit(0)  # nothing to save: each log line was one write
 
 

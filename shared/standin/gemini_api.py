@@ -52,6 +52,9 @@ def error(request: Request, status: int, message: str, kind: str = "", param: st
     """An error in this API's shape; 529 becomes 503, as there. 429 says in its body when to come back."""
     status = 503 if status == 529 else status
     body: dict[str, Any] = {"code": status, "message": message, "status": _STATUS.get(status, "INTERNAL")}
+    if kind == "quota":  # the day's: as 429 as any other, and only its details tell
+        violation = {"quotaMetric": "generate_content_requests", "quotaId": "GenerateRequestsPerDayPerProjectPerModel"}
+        body["details"] = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [violation]}]
     return Reply(status, {"error": body})
 
 

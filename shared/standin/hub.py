@@ -1,8 +1,8 @@
-"""The Hugging Face Hub, its read side: repository info, trees, files by revision and range, refs, whoami.
+"""The Hugging Face Hub: repository info, trees, files by revision and range, refs, whoami.
 
 Enough for ``load_dataset`` (streaming or not), ``hf_hub_download`` and ``snapshot_download``; endpoints and headers as
-``huggingface_hub`` 2.4 and ``datasets`` 5.2 ask for them. What the repositories hold is in
-:mod:`shared.standin.hub_data`. Leaves room for uploads: ``/api/repos/create``, ``preupload``, ``commit``.
+``huggingface_hub`` 2.4 and ``datasets`` 5.2 ask for them. What can be read is in :mod:`shared.standin.hub_data`,
+:mod:`shared.standin.hub_models` and :mod:`shared.standin.hub_store`; writing is in :mod:`shared.standin.hub_write`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from shared.standin import hub_data
-from shared.standin.hub_data import Repository, Snapshot, UnavailableError
+from shared.standin import hub_data, hub_models, hub_store, hub_write
+from shared.standin.hub_data import Repository, Snapshot, UnavailableError, pointer
 from shared.standin.wire import BAD_KEY, RefusedError, Reply, Request
 
 NOT_ACCEPTED = "unaccepted-key"
-"""A token whose owner has not accepted the terms of any gated repository."""
+"""A token of someone else, who has not accepted the terms of any gated repository."""
 
 _API = re.compile(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+)(?:/(.*))?)?)?$")
 _RESOLVE = re.compile(r"/(?:(dataset|space)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
@@ -32,6 +32,8 @@ def handle(request: Request) -> Reply:
     try:
         if path == "/api/whoami-v2":
             return _whoami(request)
+        if reply := hub_write.handle(request):
+            return reply
         if match := _API.match(path):
             kind, repo_id, verb, revision, rest = (unquote(part) if part else "" for part in match.groups())
             return _api(request, kind, repo_id, verb, revision, rest)
@@ -42,6 +44,9 @@ def handle(request: Request) -> Reply:
         return _error(503, "", str(error))
     except RefusedError as error:
         return _error(error.status, error.kind, error.message)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # A body of the right outline whose parts have the wrong types.
+        return _error(400, "", f"malformed request: {type(error).__name__} {error}")
     return _error(404, "", f"{request.method} {path} is not served here")
 
 
@@ -55,15 +60,20 @@ def _error(status: int, code: str, message: str) -> Reply:
 def _whoami(request: Request) -> Reply:
     if not request.key:
         return _error(401, "", "Invalid username or password.")
-    token = {"accessToken": {"displayName": "standin", "role": "write"}}
-    return Reply(
-        200, {"type": "user", "id": "standin", "name": "standin", "fullname": "Stand-in", "orgs": [], "auth": token}
+    role = "read" if request.key == hub_write.READ_ONLY else "write"
+    token = {"accessToken": {"displayName": "standin", "role": role}}
+    name = "someone" if request.key == NOT_ACCEPTED else hub_write.USER
+    return Reply(200, {"type": "user", "id": name, "name": name, "fullname": "Stand-in", "orgs": [], "auth": token})
+
+
+def _found(request: Request, kind: str, repo_id: str, revision: str) -> tuple[Repository, Snapshot]:
+    repository = (
+        hub_data.repository(kind, repo_id)
+        or hub_models.repository(kind, repo_id)
+        or hub_store.repository(kind, repo_id)
     )
-
-
-def _found(kind: str, repo_id: str, revision: str) -> tuple[Repository, Snapshot]:
-    repository = hub_data.repository(kind, repo_id)
-    if repository is None:
+    # A private repository is not even said to be there.
+    if repository is None or (repository.private and request.key in ("", NOT_ACCEPTED)):
         raise RefusedError(404, "Repository not found", "RepoNotFound")
     snapshot = repository.at(revision or "main")
     if snapshot is None:
@@ -75,7 +85,7 @@ def _found(kind: str, repo_id: str, revision: str) -> tuple[Repository, Snapshot
 
 
 def _api(request: Request, kind: str, repo_id: str, verb: str, revision: str, rest: str) -> Reply:
-    repository, snapshot = _found(kind, repo_id, revision)
+    repository, snapshot = _found(request, kind, repo_id, revision)
     if verb in ("", "revision"):
         return Reply(200, _info(repo_id, repository, snapshot))
     if verb == "refs":
@@ -103,7 +113,7 @@ def _info(repo_id: str, repository: Repository, snapshot: Snapshot) -> dict[str,
         "_id": "0" * 24,
         "id": repo_id,
         "sha": snapshot.sha,
-        "private": False,
+        "private": repository.private,
         "gated": "auto" if repository.gated else False,
         "disabled": False,
         "downloads": 0,
@@ -118,7 +128,12 @@ def _info(repo_id: str, repository: Repository, snapshot: Snapshot) -> dict[str,
 def _entry(snapshot: Snapshot, path: str) -> dict[str, Any] | None:
     path = path.rstrip("/")
     if path in snapshot.files:
-        return {"type": "file", "path": path, "size": len(snapshot.files[path]), "oid": snapshot.oid(path)}
+        size = len(snapshot.files[path])
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": snapshot.oid(path)}
+        if path in snapshot.large:
+            small = len(pointer(snapshot.files[path]))
+            entry["lfs"] = {"oid": snapshot.etag(path), "size": size, "pointerSize": small}
+        return entry
     if any(name.startswith(f"{path}/") for name in snapshot.files):
         return {"type": "directory", "path": path, "size": 0, "oid": _NO_OID}
     return None
@@ -141,7 +156,7 @@ def _tree(snapshot: Snapshot, under: str, recursive: bool) -> Reply:
 
 
 def _resolve(request: Request, kind: str, repo_id: str, revision: str, name: str) -> Reply:
-    repository, snapshot = _found(kind, repo_id, revision)
+    repository, snapshot = _found(request, kind, repo_id, revision)
     if repository.gated and not request.key:
         return _error(401, "GatedRepo", f"Access to {kind} {repo_id} is restricted. You must be authenticated.")
     if repository.gated and request.key == NOT_ACCEPTED:
@@ -150,7 +165,7 @@ def _resolve(request: Request, kind: str, repo_id: str, revision: str, name: str
         return _error(404, "EntryNotFound", f"{name} does not exist")
     data = snapshot.files[name]
     headers = {
-        "ETag": f'"{snapshot.oid(name)}"',
+        "ETag": f'"{snapshot.etag(name)}"',
         "X-Repo-Commit": snapshot.sha,
         "Accept-Ranges": "bytes",
         "Content-Type": "application/octet-stream",

@@ -11,7 +11,10 @@ is not installed, only those repositories answer 503.
 ``bigcode/the-stack-smol-xs``             has a loading script, so it does not load
 ``codeparrot/github-code-clean``          has a loading script; parquet under ``refs/convert/parquet``
 ``standin/tiny-adapter``                  a model repository
+``Qwen/Qwen3-8B`` and others              the committed tiny model under their names, :mod:`shared.standin.hub_models`
 ========================================  =========================================================================
+
+What was pushed is in :mod:`shared.standin.hub_store`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,36 +40,69 @@ class UnavailableError(Exception):
 
 @dataclass
 class Snapshot:
-    """The files of a repository at one revision."""
+    """The files of a repository at one revision.
+
+    Attributes:
+        files: content by path.
+        large: paths that Git LFS keeps; their ETag is the SHA-256 of the content.
+        sha: the commit; made from the files when none is given.
+    """
 
     files: dict[str, bytes]
+    large: frozenset[str] = frozenset()
+    sha: str = ""
 
     def __post_init__(self) -> None:
-        digest = hashlib.sha1()
-        for name in sorted(self.files):
-            digest.update(f"{name}\0{self.oid(name)}\n".encode())
-        self.sha = digest.hexdigest()
+        if not self.sha:
+            digest = hashlib.sha1()
+            for name in sorted(self.files):
+                digest.update(f"{name}\0{self.oid(name)}\n".encode())
+            self.sha = digest.hexdigest()
 
     def oid(self, name: str) -> str:
-        """Git's id of a file."""
-        data = self.files[name]
+        """Git's id of a file; of the pointer to it when it is large."""
+        data = pointer(self.files[name]) if name in self.large else self.files[name]
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def etag(self, name: str) -> str:
+        """What changes when the content of a file does, as the Hub has it."""
+        return hashlib.sha256(self.files[name]).hexdigest() if name in self.large else self.oid(name)
+
+
+def pointer(data: bytes) -> bytes:
+    """What Git keeps in place of a large file."""
+    oid = hashlib.sha256(data).hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
 
 
 @dataclass
 class Repository:
-    """A repository: its snapshots by ref, and whether its terms must be accepted first."""
+    """A repository.
+
+    Attributes:
+        refs: its snapshots by branch or other ref.
+        commits: those that have no ref (any more); by hash.
+        gated: its terms must be accepted first.
+        private: it is not there for anyone but its owner.
+        any_commit: every commit hash is one of ``main``'s.
+    """
 
     refs: dict[str, Snapshot]
+    commits: dict[str, Snapshot] = field(default_factory=dict)
     gated: bool = False
-    commits: dict[str, Snapshot] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.commits = {snapshot.sha: snapshot for snapshot in self.refs.values()}
+    private: bool = False
+    any_commit: bool = False
 
     def at(self, revision: str) -> Snapshot | None:
         """The snapshot of a ref or a commit."""
-        return self.refs.get(revision.removeprefix("refs/heads/")) or self.commits.get(revision)
+        heads = {snapshot.sha: snapshot for snapshot in self.refs.values()}
+        found = self.refs.get(revision.removeprefix("refs/heads/")) or heads.get(revision) or self.commits.get(revision)
+        if found is None and self.any_commit and _COMMIT.fullmatch(revision):
+            return replace(self.refs["main"], sha=revision)
+        return found
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def repository(kind: str, repo_id: str) -> Repository | None:
@@ -77,6 +113,11 @@ def repository(kind: str, repo_id: str) -> Repository | None:
     """
     build = _REPOSITORIES.get((kind, repo_id))
     return build() if build else None
+
+
+def namespaces() -> set[str]:
+    """The users and organizations that own these repositories."""
+    return {repo_id.partition("/")[0] for _, repo_id in _REPOSITORIES}
 
 
 # ---------------------------------------------------------------- texts

@@ -11,15 +11,16 @@ from types import ModuleType
 from urllib.parse import unquote
 
 from aiohttp.web_request import BaseRequest
-from aiohttp.web_response import Response
+from aiohttp.web_response import Response, StreamResponse
 from aiohttp.web_server import Server
 
-from shared.standin import anthropic_api, gemini_api, hub, openai_api
+from shared.standin import anthropic_api, gemini_api, hub, openai_api, tinker_api
 from shared.standin.engine import BAD_SHARE
-from shared.standin.faults import Faults, RateCap
+from shared.standin.faults import TINKER, Faults, RateCap
 from shared.standin.log import Log
 from shared.standin.wire import RefusedError, Reply, Request
 
+_PIECEMEAL = ("slow_loris", "half_closed")
 USUAL_LIMIT = 4000
 """Requests a minute in the rate-limit headers when no cap is set."""
 
@@ -34,6 +35,7 @@ class Settings:
         latency_s: seconds added to each answer of a model.
         bad_share: share of texts, 0 to 1, that are compressed badly.
         log: file of the request log; ``""`` = none.
+        state: directory of what outlives the process (Tinker's checkpoints); ``""`` = a temporary one.
     """
 
     faults: Faults = field(default_factory=Faults)
@@ -41,6 +43,7 @@ class Settings:
     latency_s: float = 0.0
     bad_share: float = BAD_SHARE
     log: str = ""
+    state: str = ""
 
 
 async def serve(settings: Settings, host: str = "127.0.0.1", port: int = 0) -> str:
@@ -60,9 +63,10 @@ class Cloud:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.log = Log(settings.log)
-        self.caps = {api: RateCap(settings.rate) for api in (anthropic_api, openai_api, gemini_api)}
+        self.caps = {api: RateCap(settings.rate) for api in (anthropic_api, openai_api, gemini_api, tinker_api)}
+        self.tinker = tinker_api.Tinker(settings.state, settings.faults, settings.latency_s)
 
-    async def handle(self, incoming: BaseRequest) -> Response:
+    async def handle(self, incoming: BaseRequest) -> StreamResponse:
         """One request, from reading to logging."""
         request = Request(
             incoming.method,
@@ -73,7 +77,10 @@ class Cloud:
         )
         api = protocol(request)
         try:
-            reply = await self._model_reply(request, api) if api is not None else hub.handle(request)
+            if request.path.startswith(tinker_api.PREFIX):
+                reply = await self._tinker_reply(request)
+            else:
+                reply = await self._model_reply(request, api) if api is not None else hub.handle(request)
         except ResetError as error:
             self.log.write(request, Reply(0, b"", fault=str(error)), written=False)
             if incoming.transport is not None:
@@ -81,17 +88,27 @@ class Cloud:
             return Response()  # goes nowhere
         return await self._send(incoming, request, reply)
 
-    async def _send(self, incoming: BaseRequest, request: Request, reply: Reply) -> Response:
+    async def _send(self, incoming: BaseRequest, request: Request, reply: Reply) -> StreamResponse:
         body = reply.bytes()
         headers = reply.headers
         headers.setdefault("Content-Type", "application/json")
         if request.method == "HEAD":  # a body here would be read as the next answer
             headers.setdefault("Content-Length", "0" if reply.status >= 400 else str(len(body)))
             body = b""
-        response = Response(status=reply.status, body=body or None, headers=headers)
+        response: StreamResponse = Response(status=reply.status, body=body or None, headers=headers)
         written = False
+        if reply.fault in ("cut", *_PIECEMEAL):  # a download that ends half-way; an answer in pieces
+            headers.setdefault("Content-Length", str(len(body)))
+            response = StreamResponse(status=reply.status, headers=headers)
         try:
             await response.prepare(incoming)
+            if reply.fault == "cut" and incoming.transport is not None:
+                await response.write(body[: len(body) // 2])
+                incoming.transport.close()
+                return response
+            if reply.fault in _PIECEMEAL and incoming.transport is not None:
+                await self._in_pieces(response, incoming.transport, body, reply.fault)
+                return response
             await response.write_eof()
             written = incoming.transport is not None and not incoming.transport.is_closing()
         except ConnectionError:  # the client has gone; the log says so
@@ -99,6 +116,19 @@ class Cloud:
         finally:
             self.log.write(request, reply, written=written)
         return response
+
+    async def _in_pieces(self, response: StreamResponse, transport: asyncio.Transport, body: bytes, fault: str) -> None:
+        if fault == "half_closed":
+            await response.write(body[: len(body) // 2])
+            transport.write_eof()
+        until = time.monotonic() + self.settings.faults.timeout_s
+        for place in range(len(body) - 1):  # never the last byte
+            if transport.is_closing() or time.monotonic() > until:
+                break
+            if fault == "slow_loris":
+                await response.write(body[place : place + 1])
+            await asyncio.sleep(0.1)
+        transport.abort()
 
     # ------------------------------------------------------------ models
 
@@ -109,18 +139,37 @@ class Cloud:
                 return self._limited(request, api, wait, "rate")
             asked = request.body + request.attempt.encode()
             found = settings.faults.decide(request.path, asked, request.headers.get("x-standin-fault", ""))
-            if found.transport:
+            if found.transport and found.transport not in _PIECEMEAL:
                 return await self._failed(request, api, found.transport)
             fault = found.content
             if settings.latency_s:
                 await asyncio.sleep(settings.latency_s)
         reply = _answered(request, api, fault, settings.bad_share)
+        if request.method == "POST" and found.transport:
+            reply.fault = found.transport
         reply.headers |= self._headers(request, api)
         return reply
 
+    async def _tinker_reply(self, request: Request) -> Reply:
+        settings, api = self.settings, tinker_api
+        if api.counts(request) and (wait := self.caps[api].wait_s(time.monotonic())):
+            return self._limited(request, api, wait, "rate")
+        path, asked = api.asked(request)
+        found = settings.faults.decide(path, asked, request.headers.get("x-standin-fault", ""), TINKER)
+        if found.transport:
+            return await self._failed(request, api, found.transport)
+        try:
+            return await self.tinker.handle(request, found.content)
+        except RefusedError as error:
+            return api.error(request, error.status, error.message)
+        except Exception as error:
+            # Protobuf has errors of its own for a body that is none; the real service answers 422.
+            traceback.print_exc()
+            return api.error(request, 422, f"malformed request: {type(error).__name__} {error}")
+
     async def _failed(self, request: Request, api: ModuleType, fault: str) -> Reply:
         """What a transport fault looks like from outside."""
-        if fault == "reset":
+        if fault in ("reset", *_PIECEMEAL):
             raise ResetError(fault)
         if fault == "timeout":
             await asyncio.sleep(self.settings.faults.timeout_s)

@@ -20,10 +20,10 @@ from typing import Any, Self
 
 from duplicates import exact_duplicates, near_duplicates
 from pydantic import Field, model_validator
-from spdx import allowed
 
 from shared import engine
 from shared.records import Merged, RawText
+from shared.spdx import allowed
 from shared.stage import Settings, Stage, run
 from shared.text import ScrubRules, normalise, scrub
 

@@ -11,27 +11,35 @@ whatever your server costs; ``teacher`` cents per thousand texts (``make estimat
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from cleaning import clean, refusal
-from generation import Outcome, Prompt, Sampling, source_text, unfit
-from generation_store import GenerationStore
-from mlx_generator import MlxGenerator, MlxSettings
 from pydantic import Field
 
 from shared.errors import SettingsError
+from shared.generate import (
+    Ask,
+    GenerationStore,
+    MlxGenerator,
+    MlxSettings,
+    Outcome,
+    Sampling,
+    compressed_or_reason,
+    from_reply,
+    in_fewer_tokens,
+    store_path,
+    unfit,
+)
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.local_models import COMMIT, pinned
-from shared.records import Domain, Generation, Pair, RawText, Sourced
+from shared.records import Domain, Generation, Message, Pair, RawText, Sourced
 from shared.stage import Settings, Stage, run
 from shared.text import Tokenizer
-
-if TYPE_CHECKING:
-    from shared.llm import Reply
 
 PROVENANCE = tuple(Sourced.model_fields)
 EXPECTED_RATIO = 0.6
@@ -67,13 +75,52 @@ class Params(Settings):
     teacher: TeacherSettings | None = None
 
 
+# ---------------------------------------------------------------- the question
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The two prompt files: ``system`` as it is, ``user`` with ``{text}`` where the text goes.
+
+    Raises:
+        SettingsError: ``user`` does not hold ``{text}`` exactly once.
+    """
+
+    system: str
+    user: str
+
+    def __post_init__(self) -> None:
+        if self.user.count("{text}") != 1:
+            raise SettingsError(
+                f"prompts/user.txt must hold {{text}} exactly once, it holds it {self.user.count('{text}')} times",
+                "edit stages/03_compress/prompts/user.txt",
+            )
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of both prompts."""
+        return hashlib.sha256(f"{self.system}\0{self.user}".encode()).hexdigest()[:16]
+
+    def messages(self, text: str) -> tuple[Message, ...]:
+        """The conversation whose answer is the compression of ``text``."""
+        user = Message(role="user", content=self.user.replace("{text}", text))
+        return (Message(role="system", content=self.system), user) if self.system else (user,)
+
+
+def source_text(record: RawText) -> str:
+    """The text to compress: as 02 merge left it, else as its source had it."""
+    return record.merged.text if record.merged else record.text
+
+
 # ---------------------------------------------------------------- the generators
 
 
-def local(stage: Stage[Params], generator: MlxGenerator) -> Iterator[tuple[RawText, Outcome]]:
+def local(stage: Stage[Params], generator: MlxGenerator, prompt: Prompt) -> Iterator[tuple[RawText, Outcome]]:
     """Every record with what the model on this machine wrote."""
-    with closing(GenerationStore(stage.cache / "generations.sqlite")) as store:
-        yield from generator.outcomes(list(stage.read(RawText)), store, stage.progress)
+    records = list(stage.read(RawText))
+    asks = [Ask(record.id, prompt.messages(source_text(record))) for record in records]
+    with closing(GenerationStore(store_path(stage.cache, stage.apis))) as store:
+        yield from zip(records, generator.outcomes(asks, store, stage.progress), strict=True)
     stage.summary["mlx"] = generator.summary
 
 
@@ -87,49 +134,19 @@ def remote(
     models.require(server.model)
 
     async def one(record: RawText) -> Outcome:
-        text = source_text(record)
-        if problem := unfit(text):
+        messages = prompt.messages(source_text(record))
+        if problem := unfit(messages):
             return problem
         request = Request(
             model=server.model,
             base_url=getattr(server, "base_url", ""),
-            messages=prompt.messages(text),
+            messages=messages,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
         )
         return from_reply(await models.ask(request))
 
     yield from models.map(one, stage.read(RawText), concurrency=server.concurrency)
-
-
-def from_reply(reply: Reply) -> Outcome:
-    """A reply as an outcome; its problem, when it has one, is the reason to reject."""
-    return Outcome(reply.text, reply.problem, reply.detail)
-
-
-# ---------------------------------------------------------------- from outcome to pair
-
-
-def compressed_or_reason(text: str, outcome: Outcome, by_phrase: bool) -> Outcome:
-    """The outcome with its text cleaned, or with the reason why there is no usable text in it.
-
-    ``by_phrase``: look for refusals in the words; hosted models say it themselves.
-    """
-    if outcome.problem:
-        return outcome
-    compressed = clean(outcome.text, text)
-    if not compressed:
-        return Outcome("", "empty", f"nothing is left of {outcome.text[:200]!r}" if outcome.text else "no output")
-    if by_phrase and (phrase := refusal(compressed, text)):
-        return Outcome("", "refused", f"begins with {phrase!r}")
-    return Outcome(compressed)
-
-
-def in_fewer_tokens(outcome: Outcome, verbose_tokens: int, compressed_tokens: int) -> Outcome:
-    """The outcome, or ``not_shorter`` with the figures."""
-    if outcome.problem or compressed_tokens < verbose_tokens:
-        return outcome
-    return Outcome("", "not_shorter", f"compressed {compressed_tokens} tokens, verbose {verbose_tokens} tokens")
 
 
 def table_of(params: Params) -> MlxSettings | EndpointSettings | TeacherSettings:
@@ -166,9 +183,9 @@ def main(stage: Stage[Params]) -> None:
     spec = pinned("tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")
     model, adapter = table.model, ""
     if isinstance(table, MlxSettings):
-        generator = MlxGenerator(table, sampling, prompt, stage.services)
+        generator = MlxGenerator(table, sampling, stage.services)
         model, adapter = generator.model, generator.adapter
-        outcomes = local(stage, generator)
+        outcomes = local(stage, generator, prompt)
     else:
         outcomes = remote(stage, table, prompt, sampling)
     tokenizer = Tokenizer(spec)

@@ -1,11 +1,13 @@
 """04 validate: Pair -> Pair + verdicts of a model panel; only pairs every panel model finds task-equivalent go on.
 
 Every panel model does the domain's tasks twice, from the verbose and from the compressed text (see shared/panel.py).
-Failed pairs go to the rejects with all their scores. With ``limit`` set, a subset is validated first and the rest is
-rejected as ``pending``; raising the limit later pays only for the rest.
+The cheapest model is asked first, and a pair that cannot pass any more is asked nothing more, unless ``exhaustive``.
+Failed pairs go to the rejects with the scores they have. With ``limit`` set, a subset is validated
+first and the rest is rejected as ``pending``; raising the limit later pays only for the rest.
 
-Cost: per pair, panel x tasks x 2 answers (the verbose half only once per text) and as many small embeddings; at
-claude-haiku-5-5 and gpt-6-luna about $0.001 a pair. `make estimate` says it for your data.
+Cost: per pair that passes, panel x tasks x 2 answers (the verbose half only once per text) and as many small
+embeddings; about half per pair that fails. At claude-haiku-5-5 and gpt-6-luna $0.001 a pair; `make estimate` says it
+for your data.
 
     python stages/04_validate/main.py --in data/trial/compression/03_compress.jsonl \\
         --out data/trial/compression/04_validate.jsonl --config stages/04_validate/trial.toml --track compression
@@ -23,7 +25,7 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
-from shared.panel import TASKS, Panel, Unjudged
+from shared.panel import TASKS, Panel, Unjudged, carried
 from shared.records import Domain, Pair, Verdicts, content_id
 from shared.stage import Settings, Stage, parse_line, run
 
@@ -31,6 +33,10 @@ PROMPTS = ("system", "judge", *TASKS)
 ANSWER_SHARE = {"key_points": 0.85, "implications": 0.85, "explain": 1.1, "write": 0.8}
 """Tokens of an answer, JSON included, / tokens of the verbose text: measured on the stand-in, see `make estimate`."""
 JUDGEMENT_TOKENS = 40
+PASSING = 0.65
+"""Share of pairs that pass, for the estimate (as :data:`shared.estimate.KEPT` has it); who fails is asked less."""
+FAILED_REACH = (0.7, 0.35)
+"""Of the pairs that fail, the share that a later task of the first panel model sees, and the others see."""
 
 
 class Params(Settings):
@@ -42,6 +48,8 @@ class Params(Settings):
     dimensions: int = Field(512, ge=1)
     threshold: float = Field(0.80, ge=0, le=1)
     judge: str = ""
+    exhaustive: bool = False
+    min_facts: float = Field(0.0, ge=0, le=1)
     limit: int = Field(0, ge=0)
     seed: int = 0
     concurrency: int = Field(4, ge=1)
@@ -85,7 +93,8 @@ def subset(path: Path, limit: int, seed: int) -> set[str] | None:
 def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
     """What 04 asks for these pairs, from an empty store. Answers from the compressed text are as long as the other's.
 
-    With ``limit``, short pairs come first: the mean of a small subset is near the harmonic mean of all, see subset().
+    High is that every pair is asked everything; expected is less what failing pairs are spared. With ``limit``, short
+    pairs come first: the mean of a small subset is near the harmonic mean of all, see subset().
     """
     here = Path(__file__).parent / "prompts"
     prompt = {name: tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in PROMPTS}
@@ -94,17 +103,20 @@ def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
         pairs = min(volume.records, params.limit or volume.records)
         shorter = volume.evenness + (1 - volume.evenness) * pairs / volume.records
         verbose, compressed = volume.tokens * shorter, volume.compressed * shorter
-        for task in params.tasks[domain]:
-            answers = pairs * 2 * verbose * ANSWER_SHARE[task]
+        for place, task in enumerate(params.tasks[domain]):
+            answers = 2 * verbose * ANSWER_SHARE[task]
             schema = tokens_of(str(strict_schema(TASKS[task])))  # providers bill it as input
-            questions = pairs * (2 * (prompt["system"] + prompt[task] + schema) + verbose + compressed)
-            for model in params.panel:
-                asked.append(Calls(model, 2 * pairs, questions, answers))
-                asked.append(Calls(params.embedder, pairs, answers))
+            questions = 2 * (prompt["system"] + prompt[task] + schema) + verbose + compressed
+            for seat, model in enumerate(params.panel):
+                reach = 1.0 if params.exhaustive or not (place or seat) else FAILED_REACH[min(seat, 1)]
+                share = PASSING + (1 - PASSING) * reach
+                n = pairs * share
+                high = Calls.high / share
+                asked.append(Calls(model, 2 * n, n * questions, n * answers, high=high))
+                asked.append(Calls(params.embedder, n, n * answers, high=high))
                 if params.judge:
-                    asked.append(
-                        Calls(params.judge, pairs, pairs * prompt["judge"] + answers, pairs * JUDGEMENT_TOKENS)
-                    )
+                    judged = n * (prompt["judge"] + answers)
+                    asked.append(Calls(params.judge, n, judged, n * JUDGEMENT_TOKENS, high=high))
     return asked
 
 
@@ -123,16 +135,24 @@ class Scores:
             self.rows["model", verdict.model].append((passed, ratio, verdict.equivalence))
 
     def summary(self) -> dict[str, Any]:
-        """``{"domain code": {"pairs", "pass_rate", "compression_ratio", "mean_equivalence"}}``."""
+        """``{"domain code": {"pairs", "pass_rate", "compression_ratio", "mean_equivalence"}}``.
+
+        The last is of the pairs that passed: others may not have been asked everything.
+        """
         return {
             f"{kind} {name}".strip(): {
                 "pairs": len(rows),
                 "pass_rate": round(sum(passed for passed, _, _ in rows) / len(rows), 4),
                 "compression_ratio": round(sum(ratio for _, ratio, _ in rows) / len(rows), 4),
-                "mean_equivalence": round(sum(score for _, _, score in rows) / len(rows), 4),
+                "mean_equivalence": mean([score for passed, _, score in rows if passed]),
             }
             for (kind, name), rows in sorted(self.rows.items())
         }
+
+
+def mean(scores: list[float]) -> float:
+    """Four decimals; 0 for none."""
+    return round(sum(scores) / len(scores), 4) if scores else 0.0
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -159,6 +179,7 @@ def main(stage: Stage[Params]) -> None:
         max_tokens=p.max_tokens,
         threshold=p.threshold,
         judge=p.judge,
+        exhaustive=p.exhaustive,
     )
     there = stage.input is not None and stage.input.exists()  # else reading says what is missing
     chosen = subset(stage.input, p.limit, p.seed) if stage.input and there else None
@@ -167,6 +188,9 @@ def main(stage: Stage[Params]) -> None:
     async def verdicts_on(pair: Pair) -> Verdicts | Unjudged | None:
         if chosen is not None and pair.id not in chosen:
             return None
+        share = carried(pair.verbose, pair.compressed, code=pair.domain == "code") if p.min_facts else 1.0
+        if share < p.min_facts:
+            return Unjudged(reason="facts_lost", detail=f"{share:.0%} of the facts are left, min_facts = {p.min_facts}")
         return await panel.compare(pair.domain, pair.verbose, pair.compressed)
 
     scores = Scores()
@@ -184,7 +208,10 @@ def main(stage: Stage[Params]) -> None:
                 stage.reject(judged, "judge_disagrees", f"{p.judge} calls answers different that score {p.threshold}")
             else:
                 lowest = min(verdicts.panel, key=lambda v: v.equivalence)
-                stage.reject(judged, "not_equivalent", f"{lowest.model}: {lowest.equivalence:.3f} of {p.threshold}")
+                most = "at most " if lowest.stopped else ""
+                stage.reject(
+                    judged, "not_equivalent", f"{lowest.model}: {most}{lowest.equivalence:.3f} of {p.threshold}"
+                )
 
     # -- save
     stage.summary |= scores.summary()

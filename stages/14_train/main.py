@@ -2,7 +2,8 @@
 
 Trains on the answers of the ``train`` split, measures on ``valid``, never looks at ``test``. Left out, with the reason:
 conversations longer than ``max_length``, which would be trained without their end. Backend ``mlx``: LoRA on this
-machine, no money; the trial's tiny model in under a minute, a 4B model on a Mac in hours. Written, the receipt last:
+machine, no money; the trial's tiny model in under a minute, a 4B model on a Mac in hours. Backend ``tinker``: an 8B
+model at a training service, some dollars, shown and held against ``BUDGET_USD`` first. Written, the receipt last:
 
     models/<run>/<track>/<run-id>/       adapter/ (PEFT), adapter_mlx/, checkpoints/last/, loss.jsonl, loss.svg and
                                          14_train.json
@@ -21,7 +22,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import orjson
@@ -31,35 +32,52 @@ from mlx_backend import MlxBackend, MlxTraining
 from pydantic import Field
 from rendering import Row
 from run_directory import RECEIPT, RunDirectory
+from tinker_backend import TinkerBackend
+from tinker_journal import Ledger
+from tinker_steps import PROMPT_TOKENS, TinkerTraining
 
 from shared.errors import MixedApisError, SettingsError
+from shared.llm.models import budget_from_env
+from shared.llm.volume import Calls, Volume
 from shared.receipts import AdapterMade, BaseModelUsed, Counts, TrainingData, TrainReceipt, read_train_receipt
-from shared.records import Example, Split, content_id
+from shared.records import Domain, Example, Split, content_id
 from shared.stage import Settings, Stage, atomic, git_revision, packages, run, sha256_of, shown
 
 
 class Params(Settings):
     """See the comments in the TOML."""
 
-    backend: Literal["mlx"]
+    backend: Literal["mlx", "tinker"]
     max_length: int = Field(default=2048, ge=16)
     seed: int = 0
     mlx: MlxTraining | None = None
+    tinker: TinkerTraining | None = None
 
     def used(self) -> dict[str, Any]:
         """What the result depends on: the backend's own table and what all share."""
         return self.model_dump(mode="json", include={"backend", "max_length", "seed", self.backend})
 
 
-def backend_of(params: Params, services: Callable[[], None]) -> Backend:
+def backend_of(params: Params, services: Callable[[], None], ledger: Callable[[], Ledger] | None = None) -> Backend:
     """The backend that the settings choose, its settings checked.
 
     Raises:
         SettingsError: it has no table, or that does not hold.
     """
-    if params.mlx is None:
-        raise SettingsError(f"backend = {params.backend!r}, but there is no table [{params.backend}]", "add it")
-    return MlxBackend(params.mlx, params.seed, services)
+    if params.backend == "mlx" and params.mlx:
+        return MlxBackend(params.mlx, params.seed, services)
+    if params.backend == "tinker" and params.tinker:
+        return TinkerBackend(params.tinker, params.max_length, params.seed, services, ledger)
+    raise SettingsError(f"backend = {params.backend!r}, but there is no table [{params.backend}]", "add it")
+
+
+def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
+    """What 14 pays for these records; nothing on this machine."""
+    if params.backend != "tinker" or params.tinker is None:
+        return []
+    records = sum(volume.records for volume in volumes.values())
+    tokens = sum(v.records * (PROMPT_TOKENS + v.tokens + v.compressed) for v in volumes.values())
+    return params.tinker.calls(records, tokens)
 
 
 # ---------------------------------------------------------------- the data
@@ -153,7 +171,8 @@ def receipt_of(
 
 def main(stage: Stage[Params]) -> None:
     # -- load
-    backend = backend_of(stage.params, stage.services)
+    account = (stage.cache, stage.apis, stage.run, stage.track)
+    backend = backend_of(stage.params, stage.services, lambda: Ledger(*account, budget_from_env()))
     made_by_the_same_apis(stage)
     rows, examples = rows_to_use(stage, backend)
     if not rows["train"]:
@@ -185,7 +204,8 @@ def main(stage: Stage[Params]) -> None:
     loss = f"validation loss {receipt.valid_loss_before} -> {best.valid_loss} at step {best.step} of {receipt.steps}"
     loss = loss if best.valid_loss is not None else f"training loss {receipt.train_loss}, no validation"
     before = "" if train else ", trained before: RETRAIN=1 trains again"
-    stage.tables.append(f"{shown(directory.final)}  {loss}  {receipt.seconds:.0f} s{before}")
+    cost = f"  ${receipt.cost_usd:.4f}" if receipt.cost_usd else ""
+    stage.tables.append(f"{shown(directory.final)}  {loss}{cost}  {receipt.seconds:.0f} s{before}")
 
 
 if __name__ == "__main__":

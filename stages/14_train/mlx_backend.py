@@ -19,12 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 from backends import Trained, Work
+from batches import rows_of_step
 from losses import Loss, LossLog
 from pydantic import Field
 from rendering import Renderer, Row
@@ -33,7 +34,6 @@ from shared.adapters import LINEARS, MLX_FILES, Base, mlx_config, mlx_to_peft
 from shared.errors import SettingsError, SynthmillError
 from shared.local_models import COMMIT, directory_of, load, load_tokenizer, model_identity, on_hub, pinned_model
 from shared.receipts import BaseModelUsed, Checkpoint
-from shared.records import content_id
 from shared.stage import Settings, atomic, shown
 
 STATE = "state.safetensors"
@@ -65,18 +65,6 @@ class MlxTraining(Settings):
 
 
 # ---------------------------------------------------------------- what a step sees
-
-
-@lru_cache(maxsize=2)
-def order_of(seed: int, epoch: int, rows: int) -> list[int]:
-    """The rows of an epoch in the order they are trained on."""
-    return sorted(range(rows), key=lambda row: content_id(str(seed), str(epoch), str(row)))
-
-
-def rows_of_step(step: int, batch_size: int, seed: int, rows: int) -> list[int]:
-    """The rows of a step, counted from 1: the next ones of an endless row of epochs; none is left out."""
-    places = range((step - 1) * batch_size, step * batch_size)
-    return [order_of(seed, place // rows, rows)[place % rows] for place in places]
 
 
 def learning_rate_of(step: int, settings: MlxTraining) -> float:

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, run_stage
 STAGE = ROOT / "stages" / "02_merge"
 sys.path.insert(0, str(STAGE))  # as for the script itself: its modules import each other by plain name
 duplicates: Any = importlib.import_module("duplicates")
-spdx: Any = importlib.import_module("spdx")
+spdx: Any = importlib.import_module("shared.spdx")
 _spec = importlib.util.spec_from_file_location("merge_main", STAGE / "main.py")
 assert _spec and _spec.loader
 main: Any = importlib.util.module_from_spec(_spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -22,31 +21,29 @@ from typing import Any
 
 import pytest
 
+from shared import generate as generation
 from shared.errors import SettingsError
+from shared.generate import cleaning, local, store_path
+from shared.generate import store as generation_store
+from shared.local_models import adapter_identity, model_identity
 from shared.records import Merged, Pair, RawText, content_id
 from shared.stage import load_settings, read_records
 from tests.tiny_qwen3 import CORPUS, make_adapter, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = ROOT / "stages" / "03_compress"
-sys.path.insert(0, str(STAGE))  # as for the script itself: its modules import each other by plain name
-cleaning: Any = importlib.import_module("cleaning")
-generation: Any = importlib.import_module("generation")
-generation_store: Any = importlib.import_module("generation_store")
-mlx_generator: Any = importlib.import_module("mlx_generator")
 _spec = importlib.util.spec_from_file_location("compress_main", STAGE / "main.py")
 assert _spec and _spec.loader
 main: Any = importlib.util.module_from_spec(_spec)
 sys.modules["compress_main"] = main
 _spec.loader.exec_module(main)
-sys.path.remove(str(STAGE))
 
 HAS_MLX = importlib.util.find_spec("mlx_lm") is not None
 if not HAS_MLX:
     warnings.warn("mlx-lm is not installed: the local generator is NOT TESTED; `make setup` installs it", stacklevel=1)
 needs_mlx = pytest.mark.skipif(not HAS_MLX, reason="mlx-lm is not installed: the local generator is NOT TESTED")
 
-PROMPT = generation.Prompt("Rewrite text at the lowest token cost.", "Compress:\n{text}")
+PROMPT = main.Prompt("Rewrite text at the lowest token cost.", "Compress:\n{text}")
 
 
 # ---------------------------------------------------------------- records, models, runs
@@ -76,18 +73,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def generator(
     tiny: SimpleNamespace, temperature: float = 0.2, max_tokens: int = 48, seed: int = 0, **settings: Any
 ) -> Any:
-    table = mlx_generator.MlxSettings(**{"model": str(tiny.model), "adapter": str(tiny.adapter)} | settings)
+    table = local.MlxSettings(**{"model": str(tiny.model), "adapter": str(tiny.adapter)} | settings)
     sampling = generation.Sampling(temperature, max_tokens, seed)
-    return mlx_generator.MlxGenerator(table, sampling, PROMPT, lambda: None)
+    return local.MlxGenerator(table, sampling, lambda: None)
+
+
+def asks(records: list[RawText]) -> list[generation.Ask]:
+    return [generation.Ask(record.id, PROMPT.messages(main.source_text(record))) for record in records]
 
 
 def generate(records: list[RawText], made: Any, store: Path | str = ":memory:") -> dict[str, Any]:
-    """Outcomes by record id; the input order is asserted on the way."""
+    """Outcomes by record id."""
     bar = SimpleNamespace(step=lambda: None)
     with closing(generation_store.GenerationStore(Path(store))) as kept:
-        outcomes = list(made.outcomes(records, kept, lambda total: nullcontext(bar)))
-    assert [record.id for record, _ in outcomes] == [record.id for record in records]
-    return {record.id: outcome for record, outcome in outcomes}
+        outcomes = list(made.outcomes(asks(records), kept, lambda total: nullcontext(bar)))
+    return {record.id: outcome for record, outcome in zip(records, outcomes, strict=True)}
 
 
 def write(path: Path, records: list[RawText]) -> Path:
@@ -258,7 +258,7 @@ def test_what_is_no_refusal_is_not_found(text: str, source: str) -> None:
 
 
 def test_outcomes_without_a_usable_text_have_a_reason() -> None:
-    outcome, judge = generation.Outcome, main.compressed_or_reason
+    outcome, judge = generation.Outcome, generation.compressed_or_reason
     assert judge(SOURCE, outcome(f"Compressed: {SHORT}"), True) == outcome(SHORT)
     assert judge(SOURCE, outcome("<think>a</think>"), True).problem == "empty"
     assert judge(SOURCE, outcome(""), True).detail == "no output"
@@ -269,8 +269,8 @@ def test_outcomes_without_a_usable_text_have_a_reason() -> None:
 
 def test_a_text_that_is_not_shorter_is_rejected_with_the_figures() -> None:
     outcome = generation.Outcome("words")
-    assert main.in_fewer_tokens(outcome, 10, 9) == outcome
-    same = main.in_fewer_tokens(outcome, 10, 10)
+    assert generation.in_fewer_tokens(outcome, 10, 9) == outcome
+    same = generation.in_fewer_tokens(outcome, 10, 10)
     assert (same.problem, same.detail) == ("not_shorter", "compressed 10 tokens, verbose 10 tokens")
 
 
@@ -285,9 +285,13 @@ def test_both_settings_files_load_and_every_key_has_its_comment(name: str) -> No
         assert "=" not in line.partition("#")[0] or "#" in line, line
 
 
-def test_full_settings_say_how_to_pin_what_is_not_pinned(tmp_path: Path) -> None:
+def test_what_is_not_pinned_says_how_to_pin_it(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", corpus(1))
-    done = run_stage(tmp_path, STAGE / "full.toml")
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'generator = "endpoint"\ntokenizer = "Qwen/Qwen3-8B"\n[endpoint]\nmodel = "endpoint/x"\n', "utf-8"
+    )
+    done = run_stage(tmp_path, config)
     assert done.returncode == 2
     assert "tokenizer_revision is empty" in done.stderr and "model_info('Qwen/Qwen3-8B').sha" in done.stderr
 
@@ -335,7 +339,7 @@ def test_the_chosen_generator_needs_its_table(tmp_path: Path, tiny: SimpleNamesp
 
 def test_a_prompt_without_a_place_for_the_text_is_refused() -> None:
     with pytest.raises(SettingsError, match="exactly once"):
-        generation.Prompt("system", "Compress:")
+        main.Prompt("system", "Compress:")
 
 
 def test_braces_in_a_text_are_text() -> None:
@@ -357,12 +361,10 @@ def test_a_generation_is_found_again_only_when_all_it_depends_on_is_the_same(tin
     def key(model: str = "m", adapter: str = "a", prompt: Any = PROMPT, text: str = "t", **changed: Any) -> str:
         values = {"temperature": 0.2, "max_tokens": 48, "top_p": 1.0, "seed": 7} | changed
         sampling = generation.Sampling(values["temperature"], values["max_tokens"], 0)
-        made: str = mlx_generator.generation_key(
-            model, adapter, prompt, text, sampling, values["top_p"], values["seed"]
-        )
-        return made
+        messages = prompt.messages(text)
+        return local.generation_key(model, adapter, messages, sampling, values["top_p"], values["seed"])
 
-    prompts = generation.Prompt("other", PROMPT.user), generation.Prompt(PROMPT.system, "Shorten:\n{text}")
+    prompts = main.Prompt("other", PROMPT.user), main.Prompt(PROMPT.system, "Shorten:\n{text}")
     changed = [
         key(model="x"),
         key(adapter=""),
@@ -382,15 +384,15 @@ def test_a_generation_is_found_again_only_when_all_it_depends_on_is_the_same(tin
 def test_a_models_identity_is_its_weights_not_its_place_or_readme(tmp_path: Path, tiny: SimpleNamespace) -> None:
     copy = make_model(tmp_path / "copy")
     (copy / "README.md").write_text("hello", "utf-8")
-    assert mlx_generator.model_identity(str(copy)) == mlx_generator.model_identity(str(tiny.model))
+    assert model_identity(str(copy)) == model_identity(str(tiny.model))
     other = make_model(tmp_path / "other", seed=5)
-    assert mlx_generator.model_identity(str(other)) != mlx_generator.model_identity(str(tiny.model))
+    assert model_identity(str(other)) != model_identity(str(tiny.model))
     adapter = make_adapter(tmp_path / "adapter")
-    before = mlx_generator.adapter_identity(str(adapter))
+    before = adapter_identity(str(adapter))
     (adapter / "0000100_adapters.safetensors").write_bytes(b"a checkpoint")
-    assert mlx_generator.adapter_identity(str(adapter)) == before
+    assert adapter_identity(str(adapter)) == before
     make_adapter(adapter, seed=2)
-    assert mlx_generator.adapter_identity(str(adapter)) != before
+    assert adapter_identity(str(adapter)) != before
 
 
 @pytest.mark.parametrize(
@@ -404,13 +406,13 @@ def test_a_models_identity_is_its_weights_not_its_place_or_readme(tmp_path: Path
 )
 def test_the_batch_fits_into_memory(gigabytes: int, budget: float, row: int, rows: int) -> None:
     weights = int(4.3 * 2**30)
-    made = mlx_generator.batch_size_for(gigabytes * 2**30, int(budget * 2**30), weights, 144 * 1024, row)
+    made = local.batch_size_for(gigabytes * 2**30, int(budget * 2**30), weights, 144 * 1024, row, "")
     assert made == rows
 
 
 def test_a_model_too_large_for_one_row_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"needs 5\.5 GiB for one text of 1,512 tokens, and 5\.0 GiB are there"):
-        mlx_generator.batch_size_for(16 * 2**30, 5 * 2**30, int(4.3 * 2**30), 144 * 1024, 1512)
+        local.batch_size_for(16 * 2**30, 5 * 2**30, int(4.3 * 2**30), 144 * 1024, 1512, "")
 
 
 # ---------------------------------------------------------------- the store
@@ -453,9 +455,8 @@ def test_many_may_make_and_fill_the_store_at_once(tmp_path: Path) -> None:
     def fill(worker: int) -> None:
         with closing(generation_store.GenerationStore(tmp_path / "g.sqlite")) as store:
             for i in range(10):
-                store.add(
-                    [(f"{worker}-{i}", generation_store.Finished("text", "stop", 1)), ("shared", (str(i), "stop", 1))]
-                )
+                finished = generation_store.Finished
+                store.add([(f"{worker}-{i}", finished("text", "stop", 1)), ("shared", finished(str(i), "stop", 1))])
 
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(fill, worker) for worker in range(8)]:
@@ -513,21 +514,21 @@ def test_a_prompt_that_does_not_begin_with_the_prefix_is_read_whole(
     records = corpus(4)
     shared = generate(records, generator(tiny, batch_size=4))
     # Half a prompt more than is common to all: some rows share it, the others must not use its cache.
-    common = mlx_generator.Engine._prefix
+    common = local.Engine._prefix
 
-    def too_long(engine: Any, prompt: Any) -> list[int]:
-        ids: list[int] = engine.tokens(prompt, generation.source_text(records[2])).tolist()
-        return ids[: len(common(engine, prompt)) + 3]
+    def too_long(engine: Any, shared: Any) -> list[int]:
+        ids: list[int] = engine.tokens(asks(records)[2].messages).tolist()
+        return ids[: len(common(engine, shared)) + 8]
 
-    monkeypatch.setattr(mlx_generator.Engine, "_prefix", too_long)
+    monkeypatch.setattr(local.Engine, "_prefix", too_long)
     assert generate(records, generator(tiny, batch_size=4)) == shared
 
 
 @needs_mlx
 def test_thinking_is_switched_off(tiny: SimpleNamespace) -> None:
     made = generator(tiny)
-    engine = mlx_generator.Engine(made._load(), made.settings, made.sampling)
-    prompt = engine.tokenizer.decode(engine.tokens(PROMPT, "some text").tolist())
+    engine = local.Engine(made._load(), made.settings, made.sampling, "")
+    prompt = engine.tokenizer.decode(engine.tokens(PROMPT.messages("some text")).tolist())
     assert prompt.endswith("Compress:\nsome text<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
@@ -586,7 +587,7 @@ def test_texts_no_model_should_see_are_rejected_and_the_rest_goes_on(tiny: Simpl
     outcomes = list(generate(records, made).values())
     assert [outcome.problem for outcome in outcomes[:2]] == ["control_token", "prompt_too_long"]
     assert outcomes[0].detail.startswith("the text holds <|im_end|>")
-    assert "the limit is mlx.max_prompt_tokens = 300" in outcomes[1].detail
+    assert "the limit is max_prompt_tokens = 300" in outcomes[1].detail
     assert made.summary["generated"] == 2
 
 
@@ -613,7 +614,7 @@ def test_a_killed_run_goes_on_from_what_it_stored(tmp_path: Path, tiny: SimpleNa
     assert run_stage(whole, mlx_toml(tmp_path / "whole.toml", tiny, batch_size=12)).returncode == 0
     config = mlx_toml(tmp_path / "killed.toml", tiny, batch_size=2)
 
-    store = killed / "cache" / "generations.sqlite"
+    store = store_path(killed / "cache", "mock")
     process = subprocess.Popen(command(killed, config), cwd=ROOT, env=dict(os.environ), stderr=subprocess.DEVNULL)
     for _ in wait(60):
         if store.exists() and stored(store) >= 2:
@@ -793,7 +794,5 @@ def test_a_teacher_compresses_with_the_same_prompts(tmp_path: Path, tiny: Simple
     assert pairs and {pair.generation.generator for pair in pairs} == {"teacher"}
     assert report["spending"]["models"] == {"anthropic/claude-haiku-5-5": 6}
     assert len(standin.requests()) == 6
-    digest = generation.Prompt(
-        *((STAGE / f"prompts/{name}.txt").read_text("utf-8") for name in ("system", "user"))
-    ).digest
+    digest = main.Prompt(*((STAGE / f"prompts/{name}.txt").read_text("utf-8") for name in ("system", "user"))).digest
     assert {pair.generation.prompt for pair in pairs} == {digest}

@@ -1,8 +1,8 @@
-"""The local generator: mlx-lm's continuous batching over a whole input, every finished text stored at once.
+"""The local generator: mlx-lm's continuous batching over many questions, every finished text stored at once.
 
 Three things make a night's run safe to kill and its result independent of how it was batched:
 
-- every record samples from its own key, made of the seed and the record's id, so neither order nor batch mates matter;
+- every question samples from its own key, made of the seed and its id, so neither order nor batch mates matter;
 - every finished text is in the store before the next step, under a hash of all it depends on;
 - only what the store lacks is generated, and when it lacks nothing the model is not even loaded.
 
@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from generation import Outcome, Prompt, Sampling, source_text, unfit
-from generation_store import Finished, GenerationStore
 from pydantic import Field
 
 from shared.errors import SettingsError
+from shared.generate.outcome import Ask, Outcome, Sampling, unfit
+from shared.generate.store import Finished, GenerationStore
 from shared.local_models import COMMIT, adapter_identity, load, local_adapter, model_identity, pinned_model
-from shared.records import RawText, content_id
+from shared.records import Message, content_id
 from shared.stage import Settings
 
 KV_STEP = 256
@@ -41,7 +41,7 @@ BATCH_CAP_16_GB, BATCH_CAP = 8, 32
 PREFILL_ROWS = 8
 
 SENTINELS = ("a", "Z", "7", " ", "\n\n", "{", "中")
-"""Texts whose first characters differ in every way a tokenizer may care about, to find the prompt's common tokens."""
+"""Texts whose first characters differ in every way a tokenizer may care about, to find the prompts' common tokens."""
 
 
 class MlxSettings(Settings):
@@ -67,17 +67,24 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------- what a generation depends on
 
 
-def row_seed(seed: int, record_id: str) -> int:
-    """64 bits for one record's sampler."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{record_id}".encode()).digest()[:8], "big")
+def row_seed(seed: int, ask_id: str) -> int:
+    """64 bits for one question's sampler."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{ask_id}".encode()).digest()[:8], "big")
 
 
 def generation_key(
-    model: str, adapter: str, prompt: Prompt, text: str, sampling: Sampling, top_p: float, seed: int
+    model: str, adapter: str, messages: Sequence[Message], sampling: Sampling, top_p: float, seed: int
 ) -> str:
     """32 hex digits over all that decides the output; the seed only where tokens are drawn at all."""
     drawn = (repr(sampling.temperature), repr(top_p), str(seed)) if sampling.temperature else ("greedy",)
-    return content_id(model, adapter, prompt.system, prompt.user, text, str(sampling.max_tokens), *drawn)
+    said = (part for message in messages for part in (message.role, message.content))
+    return content_id(model, adapter, str(sampling.max_tokens), *drawn, *said)
+
+
+def opening(asks: Sequence[Ask]) -> tuple[Message, ...]:
+    """The system message, when all begin with the same one: its part of the prompt is computed once for all."""
+    first = asks[0].messages[0]
+    return (first,) if first.role == "system" and all(ask.messages[0] == first for ask in asks) else ()
 
 
 # ---------------------------------------------------------------- the generator
@@ -88,70 +95,82 @@ class MlxGenerator:
 
     Args:
         services: called before the Hub client is imported (:meth:`shared.stage.Stage.services`).
+        table: the settings' name of what ``settings`` holds, for messages.
+        needed_by: the setting that asks for MLX, for messages; ``otherwise`` is what to do without it.
+        without_adapter: what to do where there is no adapter yet, for messages.
 
     Raises:
         SettingsError: the model or the adapter is not where the settings say, or is not pinned.
     """
 
-    def __init__(self, settings: MlxSettings, sampling: Sampling, prompt: Prompt, services: Callable[[], None]) -> None:
-        self.settings, self.sampling, self.prompt, self.services = settings, sampling, prompt, services
-        self.model = pinned_model("mlx.model", settings.model, settings.revision, "mlx.revision")
+    def __init__(
+        self,
+        settings: MlxSettings,
+        sampling: Sampling,
+        services: Callable[[], None],
+        *,
+        table: str = "mlx",
+        needed_by: str = "generator = 'mlx'",
+        otherwise: str = "set generator = 'endpoint' in the settings",
+        without_adapter: str = "set generator = 'teacher' to start without one",
+    ) -> None:
+        self.settings, self.sampling, self.services = settings, sampling, services
+        self.needed_by, self.otherwise = needed_by, otherwise
+        self.model = pinned_model(f"{table}.model", settings.model, settings.revision, f"{table}.revision")
         self.adapter = f"{settings.adapter}@{settings.adapter_revision}" if settings.adapter_revision else ""
         if settings.adapter and not self.adapter:
             mend = (
-                "train one and put it there; or set mlx.adapter_revision when it is a repository on the Hub; "
-                "or set generator = 'teacher' to start without one"
+                f"train one and put it there; or set {table}.adapter_revision when it is a repository on the Hub; "
+                f"or {without_adapter}"
             )
             self.adapter = local_adapter(settings.adapter, mend)
         self._identity = model_identity(self.model), adapter_identity(self.adapter)
         self.summary: dict[str, Any] = {}
 
     def outcomes(
-        self, records: Sequence[RawText], store: GenerationStore, progress: Callable[[int], Any]
-    ) -> Iterator[tuple[RawText, Outcome]]:
-        """Each record with its outcome, in input order, once all are generated.
+        self, asks: Sequence[Ask], store: GenerationStore, progress: Callable[[int], Any]
+    ) -> Iterator[Outcome]:
+        """The outcome of each question, in input order, once all are generated.
 
-        The input is held in memory (about 4 KB a record), because the longest texts go first: rows are padded to the
+        The input is held in memory (about 4 KB a text), because the longest texts go first: rows are padded to the
         longest of their batch, so sorting nearly halves the work, and a batch that does not fit fails at once and not
         in the middle of the night.
         """
-        keys = [self._key(record) for record in records]
+        keys = [self._key(ask) for ask in asks]
         outcomes: dict[str, Outcome] = {}
-        missing: dict[str, RawText] = {}
-        for record, key in zip(records, keys, strict=True):
-            if problem := unfit(source_text(record)):
+        missing: dict[str, Ask] = {}
+        for ask, key in zip(asks, keys, strict=True):
+            if problem := unfit(ask.messages):
                 outcomes[key] = problem
             else:
-                missing[key] = record
+                missing[key] = ask
         stored = store.find(list(missing))
         outcomes |= {key: self._outcome(finished) for key, finished in stored.items()}
-        missing = {key: record for key, record in missing.items() if key not in stored}
+        missing = {key: ask for key, ask in missing.items() if key not in stored}
         self.summary = {"stored": len(stored), "generated": 0}
         if missing:
-            engine = Engine(self._load(), self.settings, self.sampling)
+            engine = Engine(self._load(), self.settings, self.sampling, self.otherwise)
             jobs = []
-            for key, record in missing.items():
-                tokens = engine.tokens(self.prompt, source_text(record))
+            for key, ask in missing.items():
+                tokens = engine.tokens(ask.messages)
                 if len(tokens) > self.settings.max_prompt_tokens:
-                    limit = f"the limit is mlx.max_prompt_tokens = {self.settings.max_prompt_tokens:,}"
+                    limit = f"the limit is max_prompt_tokens = {self.settings.max_prompt_tokens:,}"
                     outcomes[key] = Outcome("", "prompt_too_long", f"{len(tokens):,} tokens; {limit}")
                 else:
-                    jobs.append(Job(key, tokens, row_seed(self.sampling.seed, record.id)))
+                    jobs.append(Job(key, tokens, row_seed(self.sampling.seed, ask.id)))
             with progress(len(jobs)) as bar:
-                for finished in engine.run(jobs, self.prompt):
+                for finished in engine.run(jobs, opening(asks)):
                     store.add(finished)
                     for key, generation in finished:
                         outcomes[key] = self._outcome(generation)
                         bar.step()
             self.summary |= engine.summary
-        for record, key in zip(records, keys, strict=True):
-            yield record, outcomes[key]
+        for key in keys:
+            yield outcomes[key]
 
-    def _key(self, record: RawText) -> str:
-        seed = row_seed(self.sampling.seed, record.id)
-        return generation_key(
-            *self._identity, self.prompt, source_text(record), self.sampling, self.settings.top_p, seed
-        )
+    def _key(self, ask: Ask) -> str:
+        seed = row_seed(self.sampling.seed, ask.id)
+        return generation_key(*self._identity, ask.messages, self.sampling, self.settings.top_p, seed)
 
     def _outcome(self, finished: Finished) -> Outcome:
         if finished.finish_reason == "length":
@@ -164,20 +183,22 @@ class MlxGenerator:
         Raises:
             SettingsError: mlx-lm is not installed, the Hub does not give the files, or they are no model and adapter.
         """
-        otherwise = "set generator = 'endpoint' in the settings"
-        return load(self.model, self.adapter, self.services, needed_by="generator = 'mlx'", otherwise=otherwise)
+        return load(self.model, self.adapter, self.services, needed_by=self.needed_by, otherwise=self.otherwise)
 
 
 # ---------------------------------------------------------------- the engine
 
 
-def batch_size_for(memory_bytes: int, budget_bytes: int, weights_bytes: int, kv_bytes_per_token: int, row: int) -> int:
+def batch_size_for(
+    memory_bytes: int, budget_bytes: int, weights_bytes: int, kv_bytes_per_token: int, row: int, otherwise: str
+) -> int:
     """Rows that fit: (budget − weights − reserve) / (key-value bytes a token × tokens of the longest row), capped.
 
     Args:
         memory_bytes: of the machine; decides the cap, 8 up to 16 GB and 32 above.
         budget_bytes: what the model may use of it.
         row: tokens of the longest prompt and the longest output together.
+        otherwise: what else to do, for the message.
 
     Raises:
         SettingsError: not even one row fits.
@@ -189,7 +210,7 @@ def batch_size_for(memory_bytes: int, budget_bytes: int, weights_bytes: int, kv_
         raise SettingsError(
             f"the model needs {needed / 2**30:.1f} GiB for one text of {row:,} tokens, "
             f"and {budget_bytes / 2**30:.1f} GiB are there for it",
-            "lower mlx.max_prompt_tokens, take a smaller model, or set generator = 'endpoint'",
+            f"lower max_prompt_tokens, take a smaller model, or {otherwise}",
         )
     return min(int(fits), BATCH_CAP_16_GB if memory_bytes <= 17 * 2**30 else BATCH_CAP)
 
@@ -201,20 +222,24 @@ class Engine:
     loaded: tuple[Any, Any]
     settings: MlxSettings
     sampling: Sampling
+    otherwise: str
 
     def __post_init__(self) -> None:
         self.model, self.tokenizer = self.loaded
         self.summary: dict[str, Any] = {}
 
-    def tokens(self, prompt: Prompt, text: str) -> array[int]:
-        """The prompt for a text, ready to be answered; 4 bytes a token, because all of them wait in memory."""
-        messages = [message.model_dump() for message in prompt.messages(text)]
+    def tokens(self, messages: Sequence[Message]) -> array[int]:
+        """The prompt, ready to be answered; 4 bytes a token, because all of them wait in memory."""
+        turns = [message.model_dump() for message in messages]
         # Hybrid models get an empty think block; a template without the switch ignores it.
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False)
+        ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=False)
         return array("I", ids)
 
-    def run(self, jobs: list[Job], prompt: Prompt) -> Iterator[list[tuple[str, Finished]]]:
-        """Generate every job; yields what finished in each step, in no particular order."""
+    def run(self, jobs: list[Job], shared: tuple[Message, ...]) -> Iterator[list[tuple[str, Finished]]]:
+        """Generate every job; yields what finished in each step, in no particular order.
+
+        ``shared``: the messages that all begin with.
+        """
         if not jobs:
             return
         import mlx_lm.generate  # noqa: F401  (the name below is the function of the same name)
@@ -225,7 +250,7 @@ class Engine:
         sys.modules["mlx_lm.generate"].maybe_set_recommended_wired_limit = lambda: None  # type: ignore[attr-defined]
 
         batch_size = self.settings.batch_size or self._batch_size(max(len(job.tokens) for job in jobs))
-        prefix = self._prefix(prompt)
+        prefix = self._prefix(shared)
         cache = self._prefix_cache(prefix)
         queue = deque(sorted(jobs, key=lambda job: (-len(job.tokens), job.key)))
         live: dict[int, tuple[Job, list[int]]] = {}
@@ -262,7 +287,7 @@ class Engine:
                 raise
             raise SettingsError(
                 f"out of memory with {batch_size} rows: {error}; every finished text is stored",
-                f"set mlx.batch_size = {max(1, batch_size // 2)} and run the same command",
+                f"set batch_size = {max(1, batch_size // 2)} and run the same command",
             ) from error
         finally:
             generator.close()
@@ -290,12 +315,13 @@ class Engine:
         text: str = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         return text
 
-    def _prefix(self, prompt: Prompt) -> list[int]:
+    def _prefix(self, shared: tuple[Message, ...]) -> list[int]:
         """The tokens every prompt begins with, whatever its text: the longest common *token* prefix.
 
-        The last characters before the text may share a token with its first ones, so a string prefix would not do.
+        The last characters before the text may share a token with its first ones, so a string prefix would not do. It
+        hangs on no text, so that a run that goes on after a kill computes what the whole run would have.
         """
-        prompts = [self.tokens(prompt, text).tolist() for text in SENTINELS]
+        prompts = [self.tokens((*shared, Message(role="user", content=text))).tolist() for text in SENTINELS]
         columns = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
         return [column[0] for column in columns]
 
@@ -323,7 +349,9 @@ class Engine:
         cache = make_prompt_cache(self.model)
         self.model(mx.array([[0]]), cache=cache)
         per_token = sum(layer.nbytes for layer in cache) // KV_STEP
-        return batch_size_for(memory, budget, weights, max(1, per_token), longest + self.sampling.max_tokens)
+        return batch_size_for(
+            memory, budget, weights, max(1, per_token), longest + self.sampling.max_tokens, self.otherwise
+        )
 
 
 def keyed_sampler(seed: int, temperature: float, top_p: float) -> Callable[[Any], Any] | None:

@@ -59,7 +59,7 @@ _REFUSAL = re.compile(
 
 
 def clean(output: str, source: str) -> str:
-    """The answer alone: reasoning, tool calls, chat markers, labels and fences around the whole taken off, trimmed.
+    """The rewrite alone: reasoning, tool calls, chat markers, labels and fences around the whole taken off, trimmed.
 
     Artefacts nest in any order (a label before a fence, a think block inside a wrapper), so the rules run until nothing
     changes, or to a depth that no answer has. ``""`` when nothing is left.
@@ -72,6 +72,11 @@ def clean(output: str, source: str) -> str:
         if text == before:
             break
     return text
+
+
+def answer(output: str, source: str) -> str:
+    """A free answer without its reasoning, tool calls and chat markers, trimmed; labels and fences are its own."""
+    return _without_markers(_without_blocks(output.replace("\r\n", "\n").strip(), source), source).strip()
 
 
 def refusal(text: str, source: str) -> str:

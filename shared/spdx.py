@@ -1,4 +1,4 @@
-"""Does a licence allow-list cover an SPDX licence expression?
+"""Does a licence allow-list cover an SPDX licence expression, and what does one ask of whoever publishes?
 
 Source: SPDX specification 2.3, annex D (``OR`` offers a choice, ``AND`` binds both and binds tighter, ``WITH`` adds an
 exception, ``+`` means this version or any later one; identifiers and operators compare without regard to case).
@@ -73,3 +73,36 @@ def _one(tokens: list[str], accepted: set[str]) -> bool:
         exception = tokens.pop(0)
         return verdict or f"{name} with {exception}" in accepted
     return verdict
+
+
+# ---------------------------------------------------------------- what licences ask for
+
+_OBLIGATIONS = (
+    ("CC-BY-NC-SA-", "no commercial use, share alike and attribution"),
+    ("CC-BY-NC", "no commercial use, and attribution"),
+    ("CC-BY-ND", "that nothing made from it is passed on"),
+    ("CC-BY-SA-", "share alike (what is made from it goes under the same licence, or one it names) and attribution"),
+    ("CC-BY-", "attribution (the author, the licence, and that it was changed)"),
+    ("ODbL-", "share alike (a data base made from it goes under the same licence) and attribution"),
+    ("AGPL-", "copyleft (what is made from it goes under the same licence, also when it is only served)"),
+    ("GPL-", "copyleft (what is made from it goes under the same licence)"),
+    ("LGPL-", "copyleft (changes to it go under the same licence)"),
+    ("MPL-", "copyleft for each file (changes to it go under the same licence)"),
+    ("EPL-", "copyleft (what is made from it goes under the same licence)"),
+)
+
+
+def obligation(expression: str) -> str:
+    """What a licence asks of whoever publishes what is made from it, beyond keeping its notice; ``""`` for nothing.
+
+    ``MIT OR GPL-3.0-only`` asks nothing: it lets one choose. In brackets and beside ``AND`` all are taken to bind.
+    """
+    words = [match["word"] or match["bracket"] for match in _TOKEN.finditer(expression.lower())]
+    asked = {word: _asked(word) for word in words if word not in ("and", "or", "with", "(", ")")}
+    if "or" in words and not {"and", "("} & set(words) and "" in asked.values():
+        return ""
+    return "; ".join(dict.fromkeys(text for text in asked.values() if text))
+
+
+def _asked(name: str) -> str:
+    return next((text for start, text in _OBLIGATIONS if name.startswith(start.lower())), "")

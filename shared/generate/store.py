@@ -1,8 +1,8 @@
 """Every finished local generation, kept: a killed run never generates the same text again.
 
-One append-only SQLite file, shared by every run of a machine. Generations cost hours, not dollars, so they are apart
-from the ledger of paid replies. An entry is the raw output, as the model wrote it: cleaning and rejecting happen
-after it is read back, so changing their rules costs nothing.
+One append-only SQLite file, shared by every run of a machine; the stand-in's runs have one of their own. Generations
+cost hours, not dollars, so they are apart from the ledger of paid replies. An entry is the raw output, as the model
+wrote it: cleaning and rejecting happen after it is read back, so changing their rules costs nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Finished(NamedTuple):
     text: str
     finish_reason: str
     tokens: int
+
+
+def store_path(cache: Path, apis: str) -> Path:
+    """Where the generations of live runs lie, or of the stand-in's: what it serves bears the names of real models."""
+    return cache / f"generations_{apis}.sqlite"
 
 
 class GenerationStore:
