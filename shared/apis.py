@@ -56,7 +56,8 @@ def connect(mode: str, stack: ExitStack, state: Path | None = None) -> None:
     """In mock mode, start the stand-in (or use the one at ``STANDIN_URL``) and point every SDK at it; once a process.
 
     ``state``: the directory where it keeps what must outlive it (training runs, pushed repositories), unless
-    ``STANDIN_STATE`` names one. Must run before the SDKs are imported: ``huggingface_hub`` and ``datasets`` read their endpoint at import.
+    ``STANDIN_STATE`` names one. Must run before the SDKs are imported: ``huggingface_hub`` and ``datasets`` read their
+    endpoint at import.
     """
     if mode != "mock" or os.environ.get("SYNTHMILL_CONNECTED"):
         return

@@ -17,7 +17,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from shared.llm.catalogue import NANO, catalogue
 from shared.llm.models import budget_from_env
 from shared.llm.types import Usage
 from shared.llm.volume import Calls, Volume, tokens_of
-from shared.records import Domain, Item, RawText, Record
+from shared.records import Domain, Example, Item, RawText, Record
 from shared.stage import ROOT, Settings, load_settings, parse_line, shown
 from shared.stats import DATA, budget_line, grid, open_store, reports
 
@@ -83,9 +83,10 @@ class Row:
 
 
 def spine(run: str, makefile: Path = ROOT / "Makefile") -> dict[str, list[str]]:
-    """The stages of every track of a run in order, ``{"compression": ["01_acquire", ...]}``: what the Makefile has rules for.
+    """The stages of every track of a run in order, ``{"compression": ["01_acquire", ...]}``: what Make has rules for.
 
-    A run has the tracks whose first stage has settings for it: ``bootstrap`` is compression alone.
+    A run has the tracks whose first stage has settings for it: ``bootstrap`` is compression alone. The stages after 13
+    are those that ``make <run>`` goes on to.
 
     Raises:
         SettingsError: no track has.
@@ -96,6 +97,10 @@ def spine(run: str, makefile: Path = ROOT / "Makefile") -> dict[str, list[str]]:
     for name, on in re.findall(r"^\$\(call out,(\d\d_\w+),(.+)\): ", text, re.MULTILINE):
         for track in tracks if on == "$(TRACKS)" else on.split():
             tracks[track].append(name)
+    goal = re.search(rf"^{run}: .*models/{run}/(\w+)/(\d\d_\w+)\.json", text, re.MULTILINE)
+    if goal:
+        trained = re.findall(r"^\$\(call trained,(\d\d_\w+)\): ", text, re.MULTILINE)
+        tracks[goal[1]] += [name for name in trained if name <= goal[2]]
     spines = {track: sorted(stages) for track, stages in tracks.items()}
     found = {track: spine for track, spine in spines.items() if (ROOT / "stages" / spine[0] / f"{run}.toml").exists()}
     if not found:
@@ -170,7 +175,7 @@ def measured(path: Path, limit: int = 0) -> Volumes:
         for line in islice(lines, limit or None):
             record = parse_line(line, adapter)[2]
             if record is not None:
-                sizes[record.domain].append((tokens_of(_text(record)), tokens_of(getattr(record, "compressed", ""))))
+                sizes[record.domain].append((tokens_of(_text(record)), tokens_of(_compressed(record))))
     return {domain: _volume(rows) for domain, rows in sorted(sizes.items())}
 
 
@@ -191,7 +196,22 @@ def _text(record: Any) -> str:
         return record.merged.text if record.merged else record.text
     if isinstance(record, Item):
         return record.content()
+    if isinstance(record, Example):
+        return "\n".join(message.content for message in record.messages if message.role == "user")
     return "\n".join(value for name, value in record if name in ("chunk", "question", "answer"))
+
+
+def _compressed(record: Any) -> str:
+    if isinstance(record, Example):
+        return "\n".join(message.content for message in record.messages if message.role == "assistant")
+    return getattr(record, "compressed", "")
+
+
+def held_out(flow: Flow, share: float) -> Flow:
+    """The part of the examples that is measured on."""
+    return _flow(
+        {domain: replace(volume, records=volume.records * share) for domain, volume in each.items()} for each in flow
+    )
 
 
 def offered(params: Settings) -> Flow:
@@ -273,8 +293,12 @@ def _track(run: str, track: str, stages: list[str], directory: Path) -> list[Row
             flow, basis = (volumes, volumes, volumes), shown(source)
         elif not before:
             flow, basis = offered(params), f"stages/{name}/{run}.toml"
+        if name == "15_evaluate":
+            flow = held_out(flow, getattr(load_params("13_format", run, track)[1], "test", 1.0))
         if hasattr(module, "calls"):
             rows += _rows(track, name, module, params, flow, basis)
+        if name >= "14":  # these write no records: what they read is 13's
+            continue
         # What the sources offer is what 01 hands on already; for the others the shares kept come in between.
         kept = (1.0, 1.0, 1.0) if hasattr(params, "sources") else rates.get(name, (1.0, 1.0, 1.0))
         flow = passed_on(name, module, params, flow, kept)

@@ -131,9 +131,9 @@ def generator(module: ModuleType, params: Any) -> list[Check]:
     checks.append(pinned(module, "mlx.model", table.model, table.revision, "mlx.revision"))
     missing = [name for name in ADAPTER_FILES if not (ROOT / table.adapter / name).is_file()]
     if table.adapter and not table.adapter_revision and missing:
-        mend = "train one and put it there; or set mlx.adapter_revision when it is a repository on the Hub; or set "
+        mend = "make bootstrap; or train one and put it there; or set mlx.adapter_revision when it is on the Hub"
         found = f"{table.adapter}: {' and '.join(missing)} missing"
-        checks.append(Check("mlx.adapter", "MISS", found, f'{mend}generator = "teacher" to start without one'))
+        checks.append(Check("mlx.adapter", "MISS", found, mend))
     else:
         checks.append(Check("mlx.adapter", "ok", f"{table.adapter or 'none'} {table.adapter_revision}".strip()))
     try:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import orjson
 from pydantic import ValidationError
 
-from shared.errors import SettingsError
+from shared.errors import MixedApisError, SettingsError
 from shared.records import Part
-from shared.stage import shown
+from shared.stage import ROOT, shown
 
 
 class Counts(Part):
@@ -263,7 +263,7 @@ class ReleaseReceipt(Part):
     """16 release.
 
     Attributes:
-        run_id: of the adapter; ``train_sha256`` and ``evaluate_sha256`` are the receipts', ``data_sha256`` the records'.
+        run_id: of the adapter; ``train_sha256``, ``evaluate_sha256`` are the receipts', ``data_sha256`` the records'.
         apis: how the command was run; ``made_by_standin`` is about all that was used, and bars every real Hub.
         reasons: all that stands against a push, whether or not this was one.
         licences: examples by SPDX expression; ``obligations`` says what some of them ask of whoever publishes.
@@ -316,3 +316,24 @@ def read_evaluate_receipt(path: Path) -> EvaluateReceipt:
     except (orjson.JSONDecodeError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise SettingsError(f"{shown(path)} is no receipt of an evaluation: {first}", mend) from None
+
+
+def same_apis(adapter: str, apis: str) -> None:
+    """Let only an adapter pass that was not trained on the other kind of data; what no receipt lies beside may.
+
+    Args:
+        adapter: a directory, relative to the repository, or ``""``; one in a run of 14 has its receipt beside it.
+
+    Raises:
+        MixedApisError: the stand-in made its data and this is live, or the other way round.
+    """
+    receipt = (ROOT / adapter).resolve().parent / "14_train.json"
+    if not adapter or not receipt.is_file():
+        return
+    made = str(orjson.loads(receipt.read_bytes()).get("apis", apis))
+    if made != apis:
+        raise MixedApisError(
+            f"the adapter {adapter} was trained on data of APIS={made}; this command has APIS={apis}. They never mix.",
+            f"make clean RUN={receipt.parents[2].name}, then make {receipt.parents[2].name} APIS={apis}; "
+            f"or run with APIS={made}",
+        )

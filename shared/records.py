@@ -203,8 +203,8 @@ class TaskScore(Part):
 class Verdict(Part):
     """One panel model's view of one pair; ``equivalence`` is the mean similarity over its tasks.
 
-    ``stopped``: not all tasks were asked, because ``equivalence``, now the highest that could still come of it, is below
-    the threshold already. ``judged`` is the optional LLM judge's boolean; ``None`` when no judge was asked.
+    ``stopped``: not all tasks were asked, because ``equivalence``, now the highest that could still come of it, is
+    below the threshold already. ``judged`` is the optional LLM judge's boolean; ``None`` when no judge was asked.
     """
 
     model: str

@@ -112,7 +112,7 @@ class MlxGenerator:
         table: str = "mlx",
         needed_by: str = "generator = 'mlx'",
         otherwise: str = "set generator = 'endpoint' in the settings",
-        without_adapter: str = "set generator = 'teacher' to start without one",
+        without_adapter: str = "make bootstrap",
     ) -> None:
         self.settings, self.sampling, self.services = settings, sampling, services
         self.needed_by, self.otherwise = needed_by, otherwise
@@ -120,8 +120,8 @@ class MlxGenerator:
         self.adapter = f"{settings.adapter}@{settings.adapter_revision}" if settings.adapter_revision else ""
         if settings.adapter and not self.adapter:
             mend = (
-                f"train one and put it there; or set {table}.adapter_revision when it is a repository on the Hub; "
-                f"or {without_adapter}"
+                f"{without_adapter}; or train one and put it there; or set {table}.adapter_revision when it is a "
+                "repository on the Hub"
             )
             self.adapter = local_adapter(settings.adapter, mend)
         self._identity = model_identity(self.model), adapter_identity(self.adapter)

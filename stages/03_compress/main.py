@@ -12,6 +12,8 @@ whatever your server costs; ``teacher`` cents per thousand texts (``make estimat
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from shared.generate import (
 )
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.local_models import COMMIT, pinned
+from shared.receipts import same_apis
 from shared.records import Domain, Generation, Message, Pair, RawText, Sourced
 from shared.stage import Settings, Stage, run
 from shared.text import Tokenizer
@@ -65,6 +68,7 @@ class Params(Settings):
     """See the comments in the TOML."""
 
     generator: Literal["mlx", "endpoint", "teacher"]
+    without_mlx: Literal["", "endpoint", "teacher"] = ""
     tokenizer: str
     tokenizer_revision: str = Field(default="", pattern=COMMIT)
     temperature: float = Field(default=0.2, ge=0, le=2)
@@ -149,6 +153,13 @@ def remote(
     yield from models.map(one, stage.read(RawText), concurrency=server.concurrency)
 
 
+def where_there_is_no_mlx(params: Params) -> Params:
+    """The settings, with generator ``without_mlx`` where mlx-lm is wanted, cannot be imported and one is named."""
+    if params.generator == "mlx" and params.without_mlx and importlib.util.find_spec("mlx_lm") is None:
+        return params.model_copy(update={"generator": params.without_mlx})
+    return params
+
+
 def table_of(params: Params) -> MlxSettings | EndpointSettings | TeacherSettings:
     """The table of the generator chosen.
 
@@ -163,7 +174,7 @@ def table_of(params: Params) -> MlxSettings | EndpointSettings | TeacherSettings
 
 def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
     """What 03 asks for these texts, from an empty store; nothing when it generates on this machine."""
-    table = table_of(params)
+    table = table_of(where_there_is_no_mlx(params))
     if isinstance(table, MlxSettings):
         return []
     prompts = sum(
@@ -177,7 +188,10 @@ def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
 
 def main(stage: Stage[Params]) -> None:
     # -- load
-    params, table = stage.params, table_of(stage.params)
+    params = where_there_is_no_mlx(stage.params)
+    table = table_of(params)
+    if params is not stage.params:
+        print(f"{stage.name}  mlx-lm is not installed here: {params.generator} writes instead", file=sys.stderr)
     prompt = Prompt(stage.prompt("system.txt"), stage.prompt("user.txt"))
     sampling = Sampling(params.temperature, params.max_tokens, params.seed)
     spec = pinned("tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")
@@ -185,6 +199,7 @@ def main(stage: Stage[Params]) -> None:
     if isinstance(table, MlxSettings):
         generator = MlxGenerator(table, sampling, stage.services)
         model, adapter = generator.model, generator.adapter
+        same_apis(adapter, stage.apis)
         outcomes = local(stage, generator, prompt)
     else:
         outcomes = remote(stage, table, prompt, sampling)

@@ -22,7 +22,7 @@ from shared.generate import (
     unfit,
 )
 from shared.local_models import COMMIT
-from shared.receipts import TrainReceipt
+from shared.receipts import TrainReceipt, same_apis
 from shared.stage import Settings, Stage, sha256_of, shown
 
 ADAPTER = "adapter_mlx"
@@ -109,6 +109,7 @@ def _writer(
         otherwise="set written_by = 'endpoint' in the settings",
         without_adapter="make bootstrap; or take the table out of the settings",
     )
+    same_apis(generator.adapter, stage.apis)
     return Writer(name, generator.model, generator.adapter, generator, "")
 
 
