@@ -2,9 +2,9 @@
 
     python docker/runner.py stages/02_merge/main.py --in ... --out ... --config ... --track ... --limit 0
 
-``RUNNER=native`` starts the script with this Python at once. ``RUNNER=docker`` runs it in a container that has the code
-read-only, what :data:`STAGES` says, and nothing else. ``RUNNER=auto``, the default, is docker when an engine answers
-and the stage's image is built from today's pins (``make images``), else native, and says so once. A stage that needs
+``RUNNER=native`` becomes the script, same process, with this Python. ``RUNNER=docker`` runs it in a container that has
+the code read-only, what :data:`STAGES` says, and nothing else. ``RUNNER=auto``, the default, is docker when an engine
+answers and the stage's image is built from today's pins (``make images``), else native, and says so once. What needs
 this machine itself (MLX, a server on its loopback) runs natively whatever is asked. ``DOCKER`` names another client.
 
 Every path is mounted where it is on this machine, so flags, messages and reports read the same either way.
@@ -22,6 +22,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNNERS = ("auto", "docker", "native")
 PROBE_S = 10.0
 """How long an engine may take to say whether it has an image; a healthy one takes 0.05 s."""
+SAID_S = 3600
+"""For how long a `make` that has said where its stages run does not say it again."""
 STOP_S = 200
 """How long `docker stop` waits: an interrupted stage keeps the answers under way (shared.llm.models.DRAIN_S)."""
 
@@ -41,6 +43,9 @@ class Needs(NamedTuple):
     Attributes:
         image: key of :data:`IMAGES`.
         network: whether it has one when ``APIS=live``; when mock none has: the stand-in runs inside the container.
+            A stage that is given ``PUSH`` has one, and the secrets for it, only when that is 1.
+        lineage: whether it reads what the other stages of its track made, in every run: one run's adapter may have
+            written the next one's data.
         variables: environment variables passed on.
         live: environment variables passed on when ``APIS=live`` only, secrets among them.
         reads: paths of the repository mounted read-only, besides ``shared/``, ``stages/`` and ``--in``.
@@ -51,6 +56,7 @@ class Needs(NamedTuple):
 
     image: str
     network: bool = False
+    lineage: bool = False
     variables: tuple[str, ...] = ()
     live: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
@@ -115,11 +121,20 @@ STAGES = {
     "11_deduplicate": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
     "12_choose": OFFLINE._replace(variables=("ENGINE",)),
     "13_format": OFFLINE,
+    "16_release": Needs(
+        "data",
+        network=True,
+        lineage=True,
+        variables=("PUSH", "HF_REPO", *STANDIN),
+        live=(*HUB, *PROXIES, *TRACING),
+        reads=("data/inputs", "models/tiny"),
+        cache=True,
+    ),
 }
 
 NATIVE = {
-    "14_train": "it trains with MLX on this machine's GPU, or with Tinker",
-    "15_evaluate": "it generates with MLX on this machine's GPU",
+    "14_train": "MLX, which trains or converts here, is in no image: it is for this machine's GPU",
+    "15_evaluate": "MLX, which generates here, is in no image: it is for this machine's GPU",
 }
 """Stages that never run in a container, and why."""
 
@@ -176,12 +191,13 @@ def choose(runner: str, arguments: list[str]) -> int:
     if lacking and runner == "docker":
         raise SettingsError(f"RUNNER=docker, but {lacking}", "start Docker and `make images`, or RUNNER=native")
     if lacking:
-        say_once(flags.out, f"runner: native, {lacking}; `make images` sets up containers, RUNNER=native is silent")
+        remedy = "`make images` sets up containers, RUNNER=native is silent"
+        say_once(flags.out, "native", f"runner: native, {lacking}; {remedy}")
         natively(arguments)
     if here:
         print(f"{flags.stage} runs natively: {here}", file=sys.stderr)
         natively(arguments)
-    say_once(flags.out, "runner: docker; RUNNER=native for the other")
+    say_once(flags.out, "docker", "runner: docker; RUNNER=native for the other")
     return contained(flags, mode, arguments)
 
 
@@ -209,18 +225,21 @@ def parsed(arguments: list[str]) -> Flags:
 def only_here(flags: Flags, mode: str) -> str:
     """Why a stage must run on this machine itself; ``""`` when it need not."""
     needs, settings = STAGES[flags.stage], loaded(flags.config)
+    tracks = settings.get("tracks")
+    own = tracks.get(os.path.basename(os.path.dirname(flags.out))) if isinstance(tracks, dict) else None
+    settings |= own if isinstance(own, dict) else {}
     if "ENGINE" in needs.variables and os.environ.get("ENGINE", "").strip() == "ray":
         return "ENGINE=ray needs a network, and its container has none"
     if flags.stage == "03_compress":
         generator, endpoint = settings.get("generator"), settings.get("endpoint")
         if generator == "mlx":
-            return "MLX needs this machine's GPU"
+            return "MLX is in no image: it is for this machine's GPU"
         if generator == "endpoint" and isinstance(endpoint, dict) and is_loopback(endpoint.get("base_url")):
             return "the endpoint is on this machine's loopback"
     if mode == "mock":
         url = os.environ.get("STANDIN_URL") if needs.network else ""
         return "STANDIN_URL is on this machine's loopback" if url and not standin_is_contained() else ""
-    urls = (name for name in needs.live if name.endswith(("_BASE_URL", "_ENDPOINT")))
+    urls = (name for name in (needs.live if connected(needs) else ()) if name.endswith(("_BASE_URL", "_ENDPOINT")))
     return next((f"{name} is on this machine's loopback" for name in urls if is_loopback(os.environ.get(name))), "")
 
 
@@ -241,24 +260,33 @@ def loaded(config: str) -> dict[str, Any]:
         return {}
 
 
-def say_once(out: str, line: str) -> None:
-    """Print a line, once for all stages of one ``make``, however many run at a time."""
+def say_once(out: str, runner: str, line: str) -> None:
+    """Print where stages run, once for all stages of one ``make``, however many run at a time."""
     import fcntl
+    import time
 
-    directory = os.path.dirname(os.path.dirname(out))
-    make = f"{os.getppid()} {line}\n"
+    directory, make = data_of(out), f"{os.getppid()} {runner}"
     try:
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, ".runner"), "a+", encoding="utf-8") as said:
             fcntl.flock(said, fcntl.LOCK_EX)
             said.seek(0)
-            if "MAKELEVEL" in os.environ and said.read() == make:
+            # Numbers of processes come again, so an old note counts for nothing.
+            is_old = time.time() - os.fstat(said.fileno()).st_mtime > SAID_S
+            before = [] if is_old else said.read().splitlines()
+            if "MAKELEVEL" in os.environ and make in before:
                 return
             said.truncate(0)
-            said.write(make)
+            said.writelines(f"{entry}\n" for entry in [*before[-20:], make])
     except OSError:
         pass  # what is wrong with the directory is the stage's to say
     print(line, file=sys.stderr)
+
+
+def data_of(out: str) -> str:
+    """``data/`` of an output: above it, or for a receipt, in ``models/``, beside that."""
+    above = os.path.dirname(os.path.dirname(os.path.dirname(out)))
+    return os.path.join(os.path.dirname(above), "data") if out.endswith(".json") else above
 
 
 # ---------------------------------------------------------------- the engine
@@ -357,17 +385,22 @@ def container(flags: Flags, mode: str, environment: Mapping[str, str], name: str
 
 def network(needs: Needs, environment: Mapping[str, str]) -> str:
     """The network of the container: none unless the stage has one and there is somewhere to go."""
-    if not needs.network:
+    if not connected(needs):
         return "none"
     if environment["APIS"] == "mock":
         return STANDIN_NETWORK if "STANDIN_URL" in environment else "none"
     return "bridge"
 
 
+def connected(needs: Needs) -> bool:
+    """Whether the stage asks anybody: one that only stages what it could push cannot push, whatever it does."""
+    return needs.network and ("PUSH" not in needs.variables or os.environ.get("PUSH", "").strip() == "1")
+
+
 def variables(flags: Flags, mode: str) -> dict[str, str]:
     """The environment of the container, besides what the image sets."""
     needs = STAGES[flags.stage]
-    names = (*needs.variables, *(needs.live if mode == "live" else ()))
+    names = (*needs.variables, *(needs.live if mode == "live" and connected(needs) else ()))
     found = {name: os.environ[name] for name in names if os.environ.get(name)}
     found |= {"APIS": mode, "PYTHONPATH": ROOT, "SYNTHMILL_REVISION": revision()}
     if "HF_TOKEN" in needs.live:
@@ -411,6 +444,10 @@ def mounts(flags: Flags, mode: str) -> dict[str, bool]:
         os.makedirs(directory, exist_ok=True)
     reads = [os.path.join(ROOT, name) for name in ("shared", "stages", *needs.reads)]
     reads += [mark, flags.config, *beside(flags.input)]
+    if needs.lineage:
+        for place in (data_of(flags.out), os.path.dirname(run_directory)):
+            runs = sorted(os.listdir(place)) if os.path.isdir(place) else []
+            reads += [os.path.join(place, run, os.path.basename(os.path.dirname(flags.out))) for run in runs]
     if "FACTS" in needs.variables and (facts := os.environ.get("FACTS")):  # read when there is no --in
         reads.append(os.path.join(ROOT, facts))
     if flags.stage == "01_acquire":
@@ -432,7 +469,7 @@ def is_in(path: str, directory: str) -> bool:
 
 def cache(flags: Flags) -> str:
     """As :attr:`shared.stage.Stage.cache`."""
-    return os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(flags.out))), "cache")
+    return os.path.join(data_of(flags.out), "cache")
 
 
 def beside(path: str) -> Iterator[str]:

@@ -202,10 +202,12 @@ def command(stage: str, out: Path, config: str | Path = "") -> list[str]:
     return [sys.executable, "docker/runner.py", f"stages/{stage}/main.py", *flags]
 
 
-def run(stage: str, out: Path, config: str | Path = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a first stage through the runner."""
-    env = os.environ | {"RUNNER": "docker"} | environment
-    return subprocess.run(command(stage, out, config), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+def run(
+    stage: str, out: Path, config: str | Path = "", root: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a first stage of the repository at ``root`` through the runner."""
+    env = os.environ | {"RUNNER": "docker", "PYTHONPATH": str(root)} | environment
+    return subprocess.run(command(stage, out, config), cwd=root, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -226,6 +228,28 @@ def test_a_stage_writes_the_same_bytes_and_reports_the_same_in_a_container(
     report, other = (orjson.loads(path.with_suffix(".report.json").read_bytes()) for path in (out, native))
     for key in ("counts", "settings", "shared", "git", "spending", "schema_version"):
         assert report[key] == other[key], key
+
+
+def test_auto_is_docker_as_soon_as_the_images_are_there(engine: Any, out: Path) -> None:
+    done = run(PATTERN, out, RUNNER="auto")
+    assert done.returncode == 0
+    assert done.stderr.startswith("runner: docker; RUNNER=native for the other\n")
+    assert "Linux" in orjson.loads(out.with_suffix(".report.json").read_bytes())["platform"]
+
+
+def test_auto_with_images_of_other_pins_runs_natively_and_says_how_to_make_them(
+    engine: Any, out: Path, tmp_path: Path
+) -> None:
+    copy = copy_of_repository(tmp_path / "synthmill")
+    with open(copy / "docker" / "requirements" / "core.txt", "a", encoding="utf-8") as pins:
+        pins.write("# a pin has changed\n")
+    first, second = (run(PATTERN, out, root=copy, RUNNER="auto", MAKELEVEL="1") for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0)
+    said = r"runner: native, the image synthmill-llm:[0-9a-f]{12} is not built; `make images` sets up containers"
+    assert re.match(said, first.stderr), first.stderr
+    assert "runner:" not in second.stderr, "once a make"
+    stopped = run(PATTERN, out, root=copy, RUNNER="docker")
+    assert (stopped.returncode, "`make images`" in stopped.stderr) == (2, True), stopped.stderr
 
 
 @pytest.mark.parametrize(

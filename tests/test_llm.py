@@ -722,6 +722,46 @@ def test_two_processes_together_never_exceed_the_budget(standin_with: StandinWit
     assert max(served.values()) == 1, "no answer was paid twice"
 
 
+@pytest.mark.slow
+def test_a_budget_holds_over_stages_processes_kills_and_retries(standin_with: StandinWith, asking: NewAsking) -> None:
+    log = standin_with(faults="429=0.05,500=0.05,reset=0.05,truncate=0.1,retry_after=0.05,seed=3", latency_s=0.05)
+    stage, budget, concurrency, kills = asking(40), 0.002, 4, 2
+    settings: dict[str, Any] = {"times": 3, "concurrency": concurrency}
+    money = {"BUDGET_USD": str(budget)}
+    for _ in range(kills):
+        before = len(log._lines())
+        victim = stage.start("04_ask", money, max_tokens=100, **settings)
+        deadline = time.monotonic() + 20
+        while len(log._lines()) < before + 12 and victim.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.communicate()
+    rooms = {"04_ask": 100, "05_ask": 101}
+    both = [stage.start(name, money, max_tokens=room, **settings) for name, room in rooms.items()]
+    for process in both:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 5 and "BUDGET_USD=0.002 is reached for RUN=trial" in said, said
+    assert stage.run("06_ask", money, max_tokens=102, **settings)[0] == 5, "a later stage has what the others left"
+    spent = stage.spent_usd()
+    # What the killed ones had reserved was free at once: nearly all of the budget was used.
+    assert 0.8 * budget < spent <= budget
+    cards = {model.partition("/")[2]: Catalogue().card(model) for model in (CLAUDE, GPT)}
+    served = [line for line in answers(log) if line["served"]]
+    paid = sum(
+        cards[line["model"]].price().nano(Usage(input=line["input_tokens"], output=line["output_tokens"]))
+        for line in served
+    )
+    wave = (
+        concurrency
+        * 3
+        * max(
+            Catalogue().worst_nano(Request(model=model, messages=chat("", "x" * 80), max_tokens=400))
+            for model in (CLAUDE, GPT)
+        )
+    )
+    assert round(spent * NANO) <= paid <= budget * NANO + kills * wave, "a kill loses one wave of answers at most"
+
+
 def test_no_sdk_is_imported_before_it_is_needed(standin: StandinLog, asking: NewAsking) -> None:
     code = "import sys, shared.llm; print(sorted({'anthropic', 'openai', 'google.genai', 'httpx2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

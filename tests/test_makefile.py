@@ -88,6 +88,7 @@ def fresh(_copy: Path) -> Iterator[Path]:
     yield _copy
     for run in ("trial", "full", "cache"):
         shutil.rmtree(_copy / "data" / run, ignore_errors=True)
+        shutil.rmtree(_copy / "models" / run, ignore_errors=True)
     for path in _copy.rglob("*"):
         if path.is_file() and ".git" not in path.parts and ".venv" not in path.parts:
             os.utime(path, (1_000_000_000, 1_000_000_000))
@@ -117,7 +118,7 @@ def built(fresh: Path, run_make: Make) -> Path:
                 (fresh / mark[1]).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / mark[1]).touch()
                 os.utime(fresh / mark[1], (1_000_000_003, 1_000_000_003))
-            if match := STEP.search(line):
+            if match := STEP.search(line):  # receipts too
                 out = fresh / match[2]
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.touch()
@@ -203,7 +204,9 @@ def source_files(stage: str) -> list[str]:
     return [
         str(path.relative_to(ROOT))
         for path in sorted(root.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts and path.name not in ("trial.toml", "full.toml")
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and path.name not in ("trial.toml", "full.toml", "bootstrap.toml")
     ]
 
 
@@ -298,6 +301,64 @@ def test_every_stage_has_a_rule_a_help_line_and_its_settings() -> None:
             assert (ROOT / "stages" / stage / f"{run}.toml").exists()
     ruled = {stage for stage in re.findall(r"^\$\(call out,(\d\d_\w+),", makefile, re.M) if stage < "14"}
     assert ruled == set(STAGES), "and no rule is for a stage that does not exist"
+
+
+# ---------------------------------------------------------------- training, measuring, releasing
+
+
+def receipts(plan: str) -> list[str]:
+    """The receipts that a plan writes, in order."""
+    return re.findall(r"--out (models/\S+\.json)", plan)
+
+
+def test_the_trial_goes_on_to_train_measure_and_lay_out_one_track(run_make: Make) -> None:
+    made = [f"models/trial/compression/{name}.json" for name in ("14_train", "15_evaluate", "16_release")]
+    assert receipts(run_make("-n", "trial").stdout) == made
+
+
+def test_bootstrap_ends_with_an_adapter_and_begins_with_preflight(run_make: Make) -> None:
+    plan = run_make("-n", "bootstrap").stdout
+    assert "shared.preflight --run bootstrap" in plan
+    assert receipts(plan) == ["models/bootstrap/compression/14_train.json"]
+    assert {track for _, track in steps(plan, "bootstrap")} == {"compression"}
+
+
+@pytest.mark.parametrize("stage", ["14_train", "16_release"])
+def test_editing_code_never_trains_or_publishes_again(built: Path, run_make: Make, stage: str) -> None:
+    for path in (built / "stages" / stage).glob("*.py"):
+        touch(path)
+    assert receipts(run_make("-n", "trial").stdout) == []
+
+
+def test_new_data_is_trained_on_measured_and_laid_out(built: Path, run_make: Make) -> None:
+    touch(built / "data/trial/compression/13_format.jsonl")
+    assert [Path(name).stem for name in receipts(run_make("-n", "trial").stdout)] == [
+        "14_train",
+        "15_evaluate",
+        "16_release",
+    ]
+
+
+@pytest.mark.parametrize("number", [14, 15, 16])
+@pytest.mark.parametrize("track", PLAN)
+def test_a_stage_with_a_receipt_runs_again_on_the_track_that_is_named(
+    built: Path, run_make: Make, number: int, track: str
+) -> None:
+    plan = run_make("-n", f"stage{number}", f"TRACK={track}").stdout
+    assert receipts(plan)[-1].startswith(f"models/trial/{track}/{number}_")
+    assert ("RETRAIN=1" in plan) == (number == 14), "only who asks for 14 trains again"
+
+
+@pytest.mark.parametrize("goal", ["trial", "full", "stage16", "models/trial/compression/16_release.json"])
+def test_no_dependency_publishes_whatever_push_says(run_make: Make, goal: str) -> None:
+    plan = run_make("-n", goal, "PUSH=1", "HF_REPO=org/name").stdout
+    assert [line for line in plan.splitlines() if "16_release/main.py" in line and not line.startswith("PUSH= ")] == []
+
+
+def test_release_publishes_only_when_asked(built: Path, run_make: Make) -> None:
+    assert "16_release" not in run_make("-n", "release").stdout
+    assert "16_release" not in run_make("-n", "release", "PUSH=0").stdout
+    assert "PUSH=1 HF_REPO=org/name" in run_make("-n", "release", "PUSH=1", "HF_REPO=org/name").stdout
 
 
 def test_no_decision_is_made_while_the_makefile_is_read() -> None:

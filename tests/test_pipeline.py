@@ -245,7 +245,8 @@ def test_a_budget_stops_the_trial_and_more_of_it_goes_on(unasked: Clone, first: 
 
 def python_of(parent: int, script: str) -> int:
     """The process that make started for a stage."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,command="], capture_output=True, text=True, check=True)
+    every = ["ps", "-A", "-ww", "-o", "pid=,ppid=,command="]  # -ww: whole, where some cut a line at 80 characters
+    listing = subprocess.run(every, capture_output=True, text=True, check=True)
     for line in listing.stdout.splitlines():
         pid, ppid, command = line.split(None, 2)
         if int(ppid) == parent and script in command:

@@ -16,7 +16,7 @@ import pytest
 
 from shared.llm.models import DRAIN_S
 from shared.llm.providers import PROVIDERS
-from tests.conftest import BASE_URLS, ROOT, copy_of_repository
+from tests.conftest import BASE_URLS, ROOT, copy_of_repository, make
 
 EVERY = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "main.py").exists())
 OFFLINE = {"02_merge", "11_deduplicate", "12_choose", "13_format"}
@@ -53,8 +53,10 @@ def test_every_stage_has_its_line_in_the_table_or_a_reason_to_have_none() -> Non
     assert not {*runner.STAGES} & {*runner.NATIVE}
 
 
-def test_the_stages_that_need_no_network_never_have_one(data: Path) -> None:
+def test_the_stages_that_need_no_network_never_have_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name for name in STAGES if not runner.STAGES[name].network} == OFFLINE
+    assert runner.network(runner.STAGES["16_release"], {"APIS": "live"}) == "none", "it lays out and pushes nothing"
+    monkeypatch.setenv("PUSH", "1")
     for name in STAGES:
         for mode, expected in (("mock", "none"), ("live", "none" if name in OFFLINE else "bridge")):
             assert runner.network(runner.STAGES[name], {"APIS": mode}) == expected, (name, mode)
@@ -62,8 +64,9 @@ def test_the_stages_that_need_no_network_never_have_one(data: Path) -> None:
 
 HANDLED = {"APIS", "STANDIN_URL", "SYNTHMILL_CONNECTED", "SYNTHMILL_REVISION"}
 """Set by the runner, or by a stage for itself."""
-NATIVE = {"RAY_ADDRESS", "STANDIN_LOG"}
-"""For stages that run natively: with ENGINE=ray the runner sees to it; a log has no place in a container."""
+NATIVE = {"RAY_ADDRESS", "STANDIN_LOG", "STANDIN_STATE"}
+"""For stages that run natively: with ENGINE=ray the runner sees to it; a log has no place in a container; a stand-in
+in one keeps its state where it does by default, in data/cache."""
 
 
 def parsed(path: Path) -> ast.Module:
@@ -125,9 +128,16 @@ def is_environ(node: ast.AST) -> bool:
 
 
 def reads(path: Path) -> set[str]:
-    """The environment variables a file reads by name."""
-    found = set()
-    for node in ast.walk(parsed(path)):
+    """The environment variables a file reads by name, or by a constant of the module that holds the name."""
+    found, tree = set(), parsed(path)
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
         name: ast.AST | None = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             if (is_environ(node.func.value) and node.func.attr == "get") or node.func.attr == "getenv":
@@ -136,6 +146,8 @@ def reads(path: Path) -> set[str]:
             name = node.slice
         elif isinstance(node, ast.Compare) and any(is_environ(place) for place in node.comparators):
             name = node.left
+        if isinstance(name, ast.Name):
+            name = constants.get(name.id)
         if isinstance(name, ast.Constant) and isinstance(name.value, str):
             found.add(name.value)
     return found
@@ -211,6 +223,8 @@ SECRETS = {
         ("04_validate", "live", {*ASKED, "LOGFIRE_TOKEN"}),
         ("04_validate", "mock", set()),
         ("03_compress", "mock", set()),
+        ("16_release", "live", set()),
+        ("16_release", "mock", set()),
     ],
 )
 def test_a_stage_gets_its_own_secrets_only_and_none_on_the_command_line(
@@ -223,6 +237,21 @@ def test_a_stage_gets_its_own_secrets_only_and_none_on_the_command_line(
     assert set(environment) & set(SECRETS) == expected
     command = runner.container(flags(stage, data), mode, environment, "name")
     assert not [part for part in command if any(value in part for value in SECRETS.values())]
+
+
+def test_a_release_that_does_not_push_has_no_secret_and_one_that_does_the_hub_s(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**SECRETS, "HF_REPO": "somebody/something"}.items():
+        monkeypatch.setenv(name, value)
+    given = flags("16_release", data)
+    for value in ("", "0", "yes"):
+        monkeypatch.setenv("PUSH", value)
+        assert set(runner.variables(given, "live")) & set(SECRETS) == set(), value
+    monkeypatch.setenv("PUSH", "1")
+    assert set(runner.variables(given, "live")) & set(SECRETS) == {"HF_TOKEN", "LOGFIRE_TOKEN"}
+    assert {"PUSH": "1", "HF_REPO": "somebody/something"}.items() <= runner.variables(given, "live").items()
+    assert set(runner.variables(given, "mock")) & set(SECRETS) == set()
 
 
 # ---------------------------------------------------------------- what is mounted
@@ -249,6 +278,25 @@ def test_the_stages_that_ask_models_have_the_reply_store_besides(data: Path) -> 
     marked = {"<data>/trial/compression": True, "<data>/trial/.apis": False, **CODE}
     assert seen("04_validate", data) == marked | {"<data>/cache": True}
     assert seen("03_compress", data) == marked | {"<data>/cache": True, "./models": False}
+
+
+def test_a_release_writes_beside_its_receipt_and_sees_the_records_it_cites(tmp_path: Path) -> None:
+    track = tmp_path / "models" / "trial" / "compression"
+    records = tmp_path / "data" / "trial" / "compression"
+    earlier = [tmp_path / name / "bootstrap" / "compression" for name in ("models", "data")]
+    for path in (track, records, records.with_name("grounded"), *earlier, tmp_path / "data" / "private"):
+        path.mkdir(parents=True)
+        (path.parent / ".apis").write_text("mock\n")
+    given = flags("16_release", track)._replace(out=str(track / "16_release.json"))
+    found = {path.replace(str(tmp_path), "<tmp>"): writable for path, writable in runner.mounts(given, "mock").items()}
+    assert {path: writable for path, writable in found.items() if path.startswith("<tmp>")} == {
+        "<tmp>/models/trial/compression": True,
+        "<tmp>/models/trial/.apis": False,
+        "<tmp>/data/trial/compression": False,
+        "<tmp>/data/bootstrap/compression": False,
+        "<tmp>/models/bootstrap/compression": False,
+        "<tmp>/data/cache": True,
+    }
 
 
 def test_acquire_sees_its_sources_and_the_repository_but_no_data_besides(data: Path) -> None:
@@ -383,6 +431,19 @@ def test_native_is_the_script_itself_exit_code_and_all(data: Path, records: str)
     assert len((data.parent / "patterns" / "12_choose.rejects.jsonl").read_bytes().splitlines()) == 5
 
 
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_natively_the_runner_becomes_the_stage_so_that_a_signal_to_it_is_one_to_the_stage(
+    name: str, data: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "12_choose" / "main.py"
+    script.parent.mkdir()
+    script.write_text("import os\nprint(os.getpid())\n")
+    command = [sys.executable, "docker/runner.py", str(script), "--out", str(data / "x.jsonl"), "--config", "none.toml"]
+    env = os.environ | NO_ENGINE | {"RUNNER": name}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None and int(process.stdout.read()) == process.pid
+
+
 def test_auto_without_docker_runs_natively_and_says_so(data: Path, records: str) -> None:
     done = run("12_choose", data, "--in", records, **NO_ENGINE)
     assert done.returncode == 4
@@ -401,6 +462,11 @@ def test_auto_says_it_once_for_all_stages_of_a_make(data: Path, records: str) ->
     assert "runner: native" in first.stderr
     assert "runner: native" not in second.stderr
     assert "runner: native" in run("12_choose", data, "--in", records, **NO_ENGINE).stderr, "by hand: every time"
+    note = data.parent.parent / ".runner"
+    assert note.read_text("utf-8").splitlines()[0] == f"{os.getpid()} native"
+    os.utime(note, (1_000_000_000, 1_000_000_000))
+    late = run("12_choose", data, "--in", records, MAKELEVEL="1", **NO_ENGINE)
+    assert "runner: native" in late.stderr, "an old note was another make's, of the same number"
 
 
 def test_docker_without_docker_stops_before_anything(data: Path, records: str) -> None:
@@ -432,7 +498,9 @@ def compress_with(tmp_path: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ('generator = "mlx"', "MLX needs this machine's GPU"),
+        ('generator = "mlx"', "MLX is in no image"),
+        ('generator = "teacher"\n[tracks.compression]\ngenerator = "mlx"', "MLX is in no image"),
+        ('generator = "mlx"\n[tracks.compression]\ngenerator = "teacher"', ""),
         (
             'generator = "endpoint"\n[endpoint]\nbase_url = "http://127.0.0.1:8000/v1"',
             "the endpoint is on this machine",
@@ -469,6 +537,25 @@ def test_a_cluster_is_used_natively(data: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ENGINE", "ray")
     assert "ENGINE=ray" in runner.only_here(flags("11_deduplicate", data), "mock")
     assert runner.only_here(flags("13_format", data), "mock") == ""
+
+
+def test_the_makefile_has_the_same_default_and_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNNER")
+    assert "RUNNER" in make(ROOT, "help").stdout and "(now: auto)" in make(ROOT, "help").stdout
+    makefile = re.search(r"^IMAGES := (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert makefile is not None and makefile[1].split() == list(runner.IMAGES)
+
+
+def test_images_are_made_before_a_run_in_containers_and_are_no_reason_to_run_again(tmp_path: Path) -> None:
+    copy = copy_of_repository(tmp_path / "synthmill")
+    first = make(copy, "-n", "data/trial/patterns/08_pattern.jsonl", RUNNER="docker").stdout.splitlines()
+    images = [number for number, line in enumerate(first) if "docker/images.py" in line]
+    stage = next(number for number, line in enumerate(first) if "stages/08_pattern/main.py" in line)
+    assert len(images) == len(runner.IMAGES) and max(images) < stage
+    for runs in ("auto", "native"):
+        plan = make(copy, "-n", "data/trial/patterns/08_pattern.jsonl", RUNNER=runs).stdout
+        assert "docker/images.py" not in plan
+        assert ("docker/runner.py stages" in plan) is (runs == "auto")
 
 
 # ---------------------------------------------------------------- which image

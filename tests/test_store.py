@@ -357,6 +357,47 @@ def test_what_a_killed_process_reserved_is_free_at_once(path: Path) -> None:
     store.close()
 
 
+HOLDING = (
+    "import asyncio, os, pathlib, sys\n"
+    "from shared.llm.store import Store\n"
+    "store = Store(pathlib.Path(sys.argv[1]))\n"
+    "assert asyncio.run(store.reserve('trial', 100, 100))\n"
+    "print(os.getpid(), flush=True)\n"
+    "sys.stdin.read()\n"
+)
+
+
+@pytest.mark.parametrize("inside", [[], ["unshare", "--pid", "--fork", "--kill-child"]])
+def test_what_a_process_reserved_is_free_once_it_is_dead_and_not_before(path: Path, inside: list[str]) -> None:
+    # In a container a process has a number that means another process, or none, out here.
+    if inside and subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("NOT TESTED: another process id namespace needs rights that are missing here")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
+    process = subprocess.Popen([*inside, sys.executable, "-c", HOLDING, path], **pipes)
+    assert process.stdout is not None
+    number = int(process.stdout.readline())
+    assert not inside or number == 1
+    store = Store(path)
+    assert asked(store, store.reserve("trial", 1, 100)) == [False]
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 5
+    while asked(store, store.reserve("trial", 100, 100)) != [True]:
+        assert time.monotonic() < deadline, "the kernel lets go of a dead process's locks"
+        time.sleep(0.05)
+    store.close()
+    assert [file.name for file in path.parent.iterdir() if "owner" in file.name] == [], "and nothing is left behind"
+
+
+def test_two_stores_of_one_process_do_not_take_each_other_for_dead(path: Path) -> None:
+    one, two = Store(path), Store(path)
+    assert asked(one, one.reserve("trial", 60, 100)) == [True]
+    assert asked(two, two.reserve("trial", 60, 100), two.reserve("trial", 40, 100)) == [False, True]
+    assert asked(one, one.reserve("trial", 1, 100)) == [False]
+    one.close()
+    two.close()
+
+
 def test_what_a_process_elsewhere_reserved_is_free_after_a_while(store: Store, path: Path) -> None:
     for age, free in ((STALE_S - 60, False), (STALE_S + 60, True)):
         with sqlite3.connect(path) as db:

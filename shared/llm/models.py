@@ -19,10 +19,12 @@ from shared import apis as cloud
 from shared import tracing
 from shared.errors import ProviderError, SettingsError
 from shared.llm.catalogue import NANO, catalogue
-from shared.llm.limits import MAX_WAIT_S, Limiter
+from shared.llm.limits import MAX_WAIT_S, Costs, Limiter, Shared, file_of, forget_old
 from shared.llm.providers import PROVIDERS, TIMEOUT_S, BadRequestError, OpenAI, Provider, TransientError, check_key
 from shared.llm.store import Entry, Store
 from shared.llm.types import Answer, Reply, Request, Spending, Usage, judge_answer, request_key
+from shared.llm.volume import BYTES_PER_TOKEN
+from shared.llm.wire import Answered, Hear
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,12 +32,15 @@ R = TypeVar("R")
 FAILURES = 8
 """Tries of one call that fail for another reason than speed, before it is given up: about two minutes of back-off."""
 PATIENCE_S = 900.0
-"""How long one call keeps trying while the provider says we are too fast."""
+"""How long one call keeps trying while the provider says we are too fast; when it says so to every call of every
+process for that long, the run ends."""
 DRAIN_S = TIMEOUT_S + 5.0
 """After an interrupt, how long answers under way are awaited: they are paid for, so they are kept. As long as a call
 may take; a second Ctrl-C does not wait."""
 WINDOW = 32
 """Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
+DELIVER_S = 0.01
+"""While calls are under way, results are handed over at most this often: each time the event loop stops."""
 RESERVE_AGAIN_S = 0.1
 """While calls under way hold the rest of the budget, how often to look whether they cost less."""
 EMBED_TEXTS, EMBED_TOKENS = 2048, 290_000
@@ -63,7 +68,12 @@ class Models:
         self.concurrency = 8
         self._stack = ExitStack()
         self._providers: dict[str, Provider] = {}
-        self._limiters: dict[str, Limiter] = {}
+        self._cache = cache
+        self._limiters: dict[tuple[str, str], Limiter] = {}
+        self._outputs: dict[str, float] = {}  # mean tokens of an answer, by model
+        self._on_disk = 0  # calls that wait for the store, and keep nobody from asking
+        self._on_wire = 0  # calls that wait for their answer
+        self._windows: set[asyncio.Event] = set()
         self._inflight: dict[str, asyncio.Task[Any]] = {}
         self._sent: set[asyncio.Task[Any] | None] = set()
         self._closing = False
@@ -84,6 +94,8 @@ class Models:
         finally:
             self._runner.close()
             self.store.close()
+            for limiter in self._limiters.values():
+                limiter.shared.close()
             self._stack.close()
 
     async def _close(self) -> None:
@@ -141,7 +153,10 @@ class Models:
         """Run ``work`` over ``items``; yield ``(item, result)`` in input order.
 
         At most ``concurrency`` items are under way and ``WINDOW`` times as many wait to be delivered, whatever the
-        number of items. The first fatal error stops everything; answers under way are kept.
+        number of items. As many more may begin as have an answer being written to the store, and a few when all others
+        wait for theirs, so that our latency does not add to the provider's. Of the calls to one model, never more than
+        ``concurrency`` are under way.
+        The first fatal error stops everything; answers under way are kept.
         """
         if concurrency < 1:
             raise SettingsError(f"concurrency must be at least 1, got {concurrency}", "edit the stage's settings")
@@ -162,7 +177,9 @@ class Models:
         window: deque[tuple[T, asyncio.Task[R]]] = deque()
         active: set[asyncio.Task[R]] = set()
         changed = asyncio.Event()
+        self._windows.add(changed)
         failed: list[BaseException] = []
+        timer: list[asyncio.TimerHandle] = []
 
         def ended(task: asyncio.Task[R]) -> None:
             active.discard(task)
@@ -170,32 +187,46 @@ class Models:
                 failed.append(error)
             changed.set()
 
-        more = True
+        more, loop, deliver_at = True, asyncio.get_running_loop(), 0.0
+
+        def fill() -> None:
+            nonlocal more
+            while more and len(active) < self._items(concurrency) and len(window) < concurrency * WINDOW:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    more = False
+                    break
+                task = asyncio.create_task(work(item))
+                task.add_done_callback(ended)
+                active.add(task)
+                window.append((item, task))
 
         async def next_ready() -> list[tuple[T, R]]:
             """Keep the window full until its head is done; [] at the end."""
-            nonlocal more
+            nonlocal deliver_at
             while True:
-                while more and len(active) < concurrency and len(window) < concurrency * WINDOW:
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        more = False
-                        break
-                    task = asyncio.create_task(work(item))
-                    task.add_done_callback(ended)
-                    active.add(task)
-                    window.append((item, task))
+                fill()
                 if failed:
                     raise failed[0]
-                ready = []
-                while window and window[0][1].done():
-                    item, task = window.popleft()
-                    ready.append((item, task.result()))
-                if ready or not window:
-                    return ready
+                if not window:
+                    return []
+                if window[0][1].done():
+                    if not active or loop.time() >= deliver_at - 0.001:  # timers may be early
+                        break
+                    if not timer:
+                        timer.append(loop.call_at(deliver_at, changed.set))
                 changed.clear()
                 await changed.wait()
+            for due in timer:
+                due.cancel()
+            timer.clear()
+            ready = []
+            while window and window[0][1].done():
+                item, task = window.popleft()
+                ready.append((item, task.result()))
+            deliver_at = loop.time() + DELIVER_S
+            return ready
 
         try:
             while True:
@@ -206,10 +237,17 @@ class Models:
                     return
                 yield ready
         finally:
+            self._windows.discard(changed)
             for task in active:
                 task.cancel()
             if active:
                 await asyncio.wait(active)
+
+    def _items(self, concurrency: int) -> int:
+        """How many items may be under way, so that ``concurrency`` calls are."""
+        # A few more when all wait for answers: the next question is then ready when a place is free.
+        ahead = concurrency // 8 + 1 if self._on_wire >= concurrency else 0
+        return concurrency + min(self._on_disk, concurrency) + ahead
 
     def one(self, work: Awaitable[R]) -> R:
         """Run one awaitable on the loop all calls share."""
@@ -249,7 +287,7 @@ class Models:
         key = request_key(wire, request.model, request.base_url, request.repeat, attempt)
         answer = self.store.answer(key)
         cached = answer is not None
-        bound = request.input_tokens_bound()
+        bound = 0 if answer is not None else request.input_tokens_bound()
         if answer is None and card.max_input is not None and bound > card.max_input:
             detail = f"up to {bound:,} tokens; the price of {request.model} above {card.max_input:,} is not known"
             return Reply(key="", problem="bad_request", detail=detail)
@@ -259,7 +297,7 @@ class Models:
             cached = task is not None
             if task is None:
                 again = f"{request.repeat}.{attempt}" if request.repeat or attempt else ""
-                task = self._launch(self._send(request, wire, key, again), [key])
+                task = self._launch(self._send(request, wire, key, again, bound), [key])
             try:
                 answer = await asyncio.shield(task)
             except BadRequestError as error:
@@ -288,21 +326,40 @@ class Models:
         task.add_done_callback(landed)
         return task
 
-    async def _send(self, request: Request, wire: dict[str, Any], key: str, again: str) -> Answer:
-        worst = catalogue().worst_nano(request)
-        provider = self._provider(request.provider)
+    async def _send(self, request: Request, wire: dict[str, Any], key: str, again: str, bound: int) -> Answer:
+        worst = catalogue().worst_nano(request, bound)
+        provider, model = self._provider(request.provider), request.model
+        expected = self._outputs.get(model, request.max_tokens / 4)
         reserved = await self._reserve(worst)
         try:
-            with tracing.span("model call", model=request.model, stage=self.stage, repeat=request.repeat) as span:
+            with tracing.span("model call", model=model, stage=self.stage, repeat=request.repeat) as span:
                 span.text(prompt="\n\n".join(message.content for message in request.messages))
-                answer = await self._persist(request.model, lambda: provider.send(wire, request.base_url, again))
+                answer = await self._persist(
+                    model,
+                    request.base_url,
+                    _costs(bound / BYTES_PER_TOKEN, expected),
+                    lambda hear: provider.send(wire, request.base_url, again, hear),
+                )
                 span.set(input_tokens=answer.usage.input, output_tokens=answer.usage.output, stop=answer.stop)
                 span.text(answer=answer.text)
         except BaseException:
             await self.store.release(reserved)
             raise
-        await self.store.put(self._entry(key, request.model, answer.usage), wire, answer, reserved)
+        self._outputs[model] = 0.9 * expected + 0.1 * answer.usage.output
+        with self._waiting_for_the_disk():
+            await self.store.put(self._entry(key, model, answer.usage), wire, answer, reserved)
         return answer
+
+    @contextlib.contextmanager
+    def _waiting_for_the_disk(self) -> Iterator[None]:
+        """Let others ask meanwhile."""
+        self._on_disk += 1
+        for window in self._windows:
+            window.set()
+        try:
+            yield
+        finally:
+            self._on_disk -= 1
 
     def _entry(self, key: str, model: str, usage: Usage) -> Entry:
         nano = catalogue().card(model).price().nano(usage)
@@ -330,66 +387,108 @@ class Models:
         """Set money aside for a call; how much was. Nothing to do, and nothing to wait for, without a budget."""
         if self.budget_nano is None or nano == 0:
             return 0
-        while not await self.store.reserve(self.run, nano, self.budget_nano):
+        while True:
+            with self._waiting_for_the_disk():
+                if await self.store.reserve(self.run, nano, self.budget_nano):
+                    return nano
             if not self._told_waiting:
                 self._told_waiting = True
                 print("waiting: the rest of BUDGET_USD is set aside for calls under way", file=sys.stderr)
             await asyncio.sleep(RESERVE_AGAIN_S)
-        return nano
 
-    async def _persist(self, model: str, send: Callable[[], Awaitable[R]]) -> R:
-        """Send until answered: back off, obey Retry-After, slow down when told to.
+    async def _persist(
+        self, model: str, base_url: str, costs: Costs, send: Callable[[Hear], Coroutine[Any, Any, R]]
+    ) -> R:
+        """Send until answered: in its turn, back off, obey Retry-After, slow down when told to.
 
         Raises:
             TransientError: given up on this call while others were being answered.
-            ProviderError: given up, and nothing was answered by this model meanwhile: the provider is down.
+            ProviderError: given up, and nothing was answered by this model meanwhile: the provider is down, or it has
+                refused every call of every process for :data:`PATIENCE_S`.
         """
-        limiter = self._limiters.setdefault(model, Limiter(self.concurrency))
+        limiter = self._limiter(model, base_url)
         answered = self._counts[model]
         task = asyncio.current_task()
         started = asyncio.get_running_loop().time()
-        failures = 0
+        failures = refusals = 0
+
+        async def once() -> R:
+            async with limiter.slot(costs) as ticket:
+
+                def hear(got: Answered) -> None:
+                    limiter.heard(ticket, got.headers, got.status == 200)
+
+                self._sent.add(task)
+                self._on_wire += 1
+                try:
+                    return await send(hear)
+                except TransientError as error:
+                    self._sent.discard(task)
+                    if error.limited:
+                        limiter.refused(error.after_s, error.overloaded)
+                    raise
+                finally:
+                    self._on_wire -= 1
 
         def stop(state: RetryCallState) -> bool:
-            nonlocal failures
+            nonlocal failures, refusals
             error = state.outcome.exception() if state.outcome else None
             self._spending.retries += 1
             if self._closing:
                 return True
             if isinstance(error, TransientError) and error.limited:
-                return asyncio.get_running_loop().time() - started > PATIENCE_S
+                refusals += 1
+                tried = asyncio.get_running_loop().time() - started
+                return limiter.refused_for() > PATIENCE_S or (refusals >= FAILURES and tried > PATIENCE_S)
             failures += 1
             return failures >= FAILURES
 
         def wait(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, TransientError) and error.limited:
+                return 0.0  # the limiter is closed for as long as it must be
             after = error.after_s if isinstance(error, TransientError) else None
             return _backoff(state) if after is None else min(after, MAX_WAIT_S)
 
+        first: TransientError | None = None
+        try:
+            return await once()
+        except TransientError as error:
+            first = error
         try:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(TransientError), wait=wait, stop=stop, reraise=True
             ):
                 with attempt:
-                    async with limiter.slot():
-                        self._sent.add(task)
-                        try:
-                            result = await send()
-                        except TransientError as error:
-                            self._sent.discard(task)
-                            if error.limited:
-                                limiter.limited(error.after_s)
-                            raise
-                    limiter.succeeded()
-                    return result
+                    if first is not None:  # the first try, made above: tenacity costs as much as the call itself
+                        failure, first = first, None
+                        raise failure
+                    return await once()
         except TransientError as error:
-            if self._counts[model] == answered:
+            if self._counts[model] != answered or (error.limited and not limiter.refused_for()):
+                raise
+            seconds = asyncio.get_running_loop().time() - started
+            if error.limited:
                 raise ProviderError(
-                    f"{error}; no answer in {asyncio.get_running_loop().time() - started:.0f} s",
-                    "everything answered is saved; when the provider is back, run the same command",
+                    f"{error}; {model} has refused every call for {max(seconds, limiter.refused_for()):.0f} s",
+                    "everything answered is saved; when your limits there have room again (or were raised), "
+                    "run the same command",
                 ) from error
-            raise
+            raise ProviderError(
+                f"{error}; no answer in {seconds:.0f} s",
+                "everything answered is saved; when the provider is back, run the same command",
+            ) from error
         raise AssertionError("unreachable")
+
+    def _limiter(self, model: str, base_url: str) -> Limiter:
+        limiter = self._limiters.get((model, base_url))
+        if limiter is None:
+            if not self._limiters:
+                forget_old(self._cache)
+            where = os.environ.get("SYNTHMILL_CONNECTED", "") if self.apis == "mock" else "live"
+            shared = Shared(file_of(self._cache, where, model, base_url))
+            limiter = self._limiters[model, base_url] = Limiter(shared, self.concurrency)
+        return limiter
 
     # -- embeddings
 
@@ -422,10 +521,12 @@ class Models:
 
     async def _embed_part(self, provider: OpenAI, model: str, part: dict[str, str], dimensions: int) -> None:
         wire = {"model": model.partition("/")[2], "input": list(part.values()), "dimensions": dimensions}
-        worst = catalogue().card(model).price().nano(Usage(input=sum(_bound(t) for t in part.values())))
-        reserved = await self._reserve(worst)
+        bound = sum(_bound(text) for text in part.values())
+        reserved = await self._reserve(catalogue().card(model).price().nano(Usage(input=bound)))
         try:
-            vectors, usage = await self._persist(model, lambda: provider.embed(wire))
+            vectors, usage = await self._persist(
+                model, "", _costs(bound / BYTES_PER_TOKEN, 0.0), lambda hear: provider.embed(wire, hear)
+            )
         except BadRequestError:
             await self.store.release(reserved)
             # One text may spoil the request for all: ask for each half, down to the text that is refused alone.
@@ -437,7 +538,7 @@ class Models:
             await self.store.release(reserved)
             raise
         key = request_key(wire, model, "", 0, 0)
-        packed = {k: array.array("f", v).tobytes() for k, v in zip(part, vectors, strict=True)}
+        packed = {k: v.tobytes() for k, v in zip(part, vectors, strict=True)}
         await self.store.put_vectors(self._entry(key, model, usage), packed, reserved)
 
     # -- after
@@ -449,9 +550,17 @@ class Models:
         )
 
     def _provider(self, name: str) -> Provider:
+        if name not in PROVIDERS:
+            raise SettingsError(
+                f"{name} answers no questions; those who do: {', '.join(PROVIDERS)}", "edit the stage's settings"
+            )
         if name not in self._providers:
             self._providers[name] = PROVIDERS[name]()
         return self._providers[name]
+
+
+def _costs(input_tokens: float, output_tokens: float) -> Costs:
+    return 1.0, input_tokens + output_tokens, input_tokens, output_tokens
 
 
 async def _await(work: Awaitable[R]) -> R:

@@ -1,5 +1,7 @@
 """The four ways to reach a model. Each turns a :class:`Request` into its wire body (pure, no SDK), sends it through the
-vendor's SDK (imported on first use, its own retries off), and turns answers and errors into ours.
+vendor's SDK (imported on first use, its own retries off), and turns answers and errors into ours. What most calls leave
+out of the SDK's work, and what they never do, is in :mod:`shared.llm.wire`: hence the two readings of every answer, one
+of the SDK's types and one of the JSON, which must agree.
 
 Verified by running anthropic 2.11.0, openai 3.52.0 and google-genai 3.4.0; what they do differently from memory:
 no sampling parameters on Claude, thinking on by default and first in the content, `parse()` helpers that lose the
@@ -8,31 +10,46 @@ usage of a bad answer, google-genai without retries or time-outs that continues 
 
 from __future__ import annotations
 
+import array
+import base64
 import email.utils
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
+
+import orjson
 
 from shared.errors import KeyMissingError, ProviderError, SettingsError
 from shared.llm.catalogue import ModelCard
 from shared.llm.types import Answer, Request, Stop, Usage, strict_schema
+from shared.llm.wire import ATTEMPT, Hear, Line, Question
 from shared.records import Message
 
 TIMEOUT_S = 180.0
 """For one call. Our longest answers (3,000 tokens) take well under a minute; a hung socket is retried after this."""
-CONNECTIONS = 256
 
 Wire = dict[str, Any]
+Vectors = tuple[list["array.array[float]"], Usage]
 
 
 class TransientError(Exception):
-    """Worth another try. ``limited``: the provider says we are too fast. ``after_s``: when it says to come back."""
+    """Worth another try.
 
-    def __init__(self, what: str, *, limited: bool = False, after_s: float | None = None) -> None:
+    Attributes:
+        limited: the provider will not have this call now; it is no failure of the call.
+        overloaded: because it has too much to do, not because we are too fast.
+        after_s: when it says to come back.
+    """
+
+    def __init__(
+        self, what: str, *, limited: bool = False, overloaded: bool = False, after_s: float | None = None
+    ) -> None:
         super().__init__(what)
-        self.limited, self.after_s = limited, after_s
+        self.limited, self.overloaded, self.after_s = limited, overloaded, after_s
 
 
 class BadRequestError(Exception):
@@ -46,7 +63,7 @@ class Provider(Protocol):
     key_names: tuple[str, ...]
 
     def wire(self, request: Request, card: ModelCard) -> Wire: ...
-    async def send(self, wire: Wire, base_url: str, again: str) -> Answer: ...
+    async def send(self, wire: Wire, base_url: str, again: str, hear: Hear | None = None) -> Answer: ...
     async def models(self) -> set[str]: ...
     async def close(self) -> None: ...
 
@@ -64,7 +81,24 @@ def check_key(provider: Provider) -> None:
 
 def _headers(again: str) -> dict[str, str]:
     """Tells a repeated question from the first, whose body is equal: for logs, and for whoever answers by rule."""
-    return {"x-synthmill-attempt": again} if again else {}
+    return {ATTEMPT: again} if again else {}
+
+
+@contextmanager
+def _readable(provider: str) -> Iterator[None]:
+    """The SDKs check nothing: a 200 may hold any JSON, and its objects have whatever was in it.
+
+    Raises:
+        TransientError: not what we read from it; a proxy may have answered, and the next try may go through.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TransientError(f"{provider} answered 200 with something unreadable: {error}") from error
+
+
+def _line() -> Line:
+    return Line(lambda: TIMEOUT_S)
 
 
 def _split(messages: tuple[Message, ...]) -> tuple[str, list[dict[str, str]]]:
@@ -84,6 +118,7 @@ class Anthropic:
 
     def __init__(self) -> None:
         self._client: Any = None
+        self._line = _line()
 
     def wire(self, request: Request, card: ModelCard) -> Wire:
         system, turns = _split(request.messages)
@@ -97,15 +132,24 @@ class Anthropic:
     def client(self) -> Any:
         if self._client is None:
             import anthropic
-            import httpx2
 
-            limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-            self._client = anthropic.AsyncAnthropic(
-                max_retries=0, timeout=TIMEOUT_S, http_client=anthropic.DefaultAsyncHttpxClient(limits=limits)
-            )
+            http = anthropic.DefaultAsyncHttpxClient(transport=self._line.transport())
+            self._client = anthropic.AsyncAnthropic(max_retries=0, timeout=TIMEOUT_S, http_client=http)
         return self._client
 
-    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
+    async def send(self, wire: Wire, base_url: str, again: str, hear: Hear | None = None) -> Answer:
+        return await self._line.ask(
+            Question(
+                key=(wire["model"], *sorted(wire)),
+                body=lambda _: wire,
+                read=_anthropic_answer,
+                sdk=lambda: self._by_sdk(wire, again),
+                again=again,
+                hear=hear,
+            )
+        )
+
+    async def _by_sdk(self, wire: Wire, again: str) -> Answer:
         client = self.client()
         import anthropic
 
@@ -117,9 +161,13 @@ class Anthropic:
             raise _status_error("anthropic", error, error.status_code, spent=_anthropic_limit(error)) from error
         except json.JSONDecodeError as error:
             raise TransientError(f"anthropic answered 200 with broken JSON: {error}") from error
-        if message.usage is None or message.content is None:
-            raise TransientError("anthropic answered 200 without content or usage")
+        with _readable("anthropic"):
+            return self._typed(message)
+
+    def _typed(self, message: Any) -> Answer:
         usage = message.usage
+        if usage is None or message.content is None:
+            raise TransientError("anthropic answered 200 without content or usage")
         cached = usage.cache_read_input_tokens or 0
         written = usage.cache_creation_input_tokens or 0
         total = (usage.input_tokens or 0) + cached + written
@@ -142,11 +190,37 @@ class Anthropic:
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+        await self._line.close()
+
+
+def _anthropic_answer(found: Any) -> Answer | None:
+    """The same from the JSON; None for whatever is not as usual."""
+    usage, reason = found["usage"], found["stop_reason"]
+    cached = usage.get("cache_read_input_tokens") or 0
+    written = usage.get("cache_creation_input_tokens") or 0
+    stop: Stop = "stop"
+    if reason in ("max_tokens", "model_context_window_exceeded"):
+        stop = "length"
+    elif reason == "refusal":
+        stop = "refusal"
+    return Answer(
+        text=next((block["text"] for block in found["content"] if block["type"] == "text"), ""),
+        stop=stop,
+        detail=reason or "",
+        usage=Usage(
+            input=(usage["input_tokens"] or 0) + cached + written,
+            output=usage["output_tokens"] or 0,
+            cached=cached,
+            written=written,
+        ),
+        served_by=found["model"] or "",
+    )
 
 
 def _anthropic_limit(error: Any) -> bool:
-    """A 429 that is a spend limit of the account: waiting does not help."""
-    return "SpendLimit" in type(error).__name__
+    """A 429 that is a spend limit of the account, or a 400 that is an empty one: waiting does not help."""
+    said = str(getattr(error, "message", "")).lower()
+    return "SpendLimit" in type(error).__name__ or (error.status_code == 400 and "credit balance" in said)
 
 
 # ---------------------------------------------------------------- OpenAI, and servers that speak its protocol
@@ -160,6 +234,7 @@ class OpenAI:
 
     def __init__(self) -> None:
         self._clients: dict[str, Any] = {}
+        self._line = _line()
 
     def wire(self, request: Request, card: ModelCard) -> Wire:
         body: Wire = {
@@ -180,14 +255,12 @@ class OpenAI:
 
     def client(self, base_url: str = "") -> Any:
         if base_url not in self._clients:
-            import httpx2
             import openai
 
-            limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
             self._clients[base_url] = openai.AsyncOpenAI(
                 max_retries=0,
                 timeout=TIMEOUT_S,
-                http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+                http_client=openai.DefaultAsyncHttpxClient(transport=self._line.transport()),
                 base_url=base_url or None,
                 api_key=self._key(),
             )
@@ -196,9 +269,25 @@ class OpenAI:
     def _key(self) -> str | None:
         return None
 
-    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
+    async def send(self, wire: Wire, base_url: str, again: str, hear: Hear | None = None) -> Answer:
+        return await self._line.ask(
+            Question(
+                key=(base_url, wire["model"], *sorted(wire)),
+                body=lambda _: wire,
+                read=self._answer,
+                sdk=lambda: self._by_sdk(wire, base_url, again),
+                again=again,
+                hear=hear,
+            )
+        )
+
+    async def _by_sdk(self, wire: Wire, base_url: str, again: str) -> Answer:
         create = self.client(base_url).chat.completions.create
         completion = await self._call(create, wire | {"extra_headers": _headers(again)})
+        with _readable(self.name):
+            return self._typed(completion)
+
+    def _typed(self, completion: Any) -> Answer:
         if not completion.choices:
             raise TransientError(f"{self.name} answered 200 without choices")
         if (
@@ -225,10 +314,40 @@ class OpenAI:
             served_by=completion.model or "",
         )
 
-    async def embed(self, wire: Wire) -> tuple[list[list[float]], Usage]:
-        """Vectors in the order of ``wire["input"]``, and what they cost."""
-        result = await self._call(self.client().embeddings.create, wire)
-        vectors = [row.embedding for row in sorted(result.data, key=lambda row: row.index)]
+    def _answer(self, found: Any) -> Answer | None:
+        """The same from the JSON; None for whatever is not as usual."""
+        choice, usage = found["choices"][0], found["usage"]
+        message, reason = choice["message"], choice["finish_reason"]
+        refusal, details = message.get("refusal"), usage.get("prompt_tokens_details") or {}
+        stop: Stop = "stop"
+        if reason == "length":
+            stop = "length"
+        elif refusal or reason == "content_filter":
+            stop = "refusal"
+        return Answer(
+            text=message["content"] or "",
+            stop=stop,
+            detail=refusal or reason or "",
+            usage=Usage(
+                input=usage["prompt_tokens"] or 0,
+                output=usage["completion_tokens"] or 0,
+                cached=details.get("cached_tokens") or 0,
+                written=details.get("cache_write_tokens") or 0,
+            ),
+            served_by=found["model"] or "",
+        )
+
+    async def embed(self, wire: Wire, hear: Hear | None = None) -> Vectors:
+        """Vectors in the order of ``wire["input"]``, float32, and what they cost."""
+        vectors, usage = await self._line.ask(
+            Question(
+                key=("embeddings", *sorted(wire)),
+                body=lambda sent: wire | {"encoding_format": sent["encoding_format"]},
+                read=_vectors,
+                sdk=lambda: self._embed_by_sdk(wire),
+                hear=hear,
+            )
+        )
         if len(vectors) != len(wire["input"]):
             raise TransientError(f"{self.name} answered {len(vectors)} vectors for {len(wire['input'])} texts")
         if wrong := {len(vector) for vector in vectors} - {wire["dimensions"]}:
@@ -236,7 +355,13 @@ class OpenAI:
                 f"asked {wire['model']} for {wire['dimensions']} dimensions, got {sorted(wrong)}",
                 "set `dimensions` to what the model gives",
             )
-        return vectors, Usage(input=result.usage.prompt_tokens)
+        return vectors, usage
+
+    async def _embed_by_sdk(self, wire: Wire) -> Vectors:
+        result = await self._call(self.client().embeddings.create, wire)
+        with _readable(self.name):
+            vectors = [array.array("f", row.embedding) for row in sorted(result.data, key=lambda row: row.index)]
+            return vectors, Usage(input=result.usage.prompt_tokens)
 
     async def _call(self, method: Any, wire: Wire) -> Any:
         import openai
@@ -246,8 +371,7 @@ class OpenAI:
         except openai.APIConnectionError as error:
             raise TransientError(f"{self.name}: {error}") from error
         except openai.APIStatusError as error:
-            quota = error.code == "insufficient_quota"
-            raise _status_error(self.name, error, error.status_code, spent=quota) from error
+            raise _status_error(self.name, error, error.status_code, spent=_openai_limit(error)) from error
         except (json.JSONDecodeError, ValueError) as error:
             raise TransientError(f"{self.name} answered 200 with something unreadable: {error}") from error
 
@@ -257,6 +381,27 @@ class OpenAI:
     async def close(self) -> None:
         for client in self._clients.values():
             await client.close()
+        await self._line.close()
+
+
+_NO_CREDIT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+
+
+def _openai_limit(error: Any) -> bool:
+    """A 429 that is an account without credit; gateways put the word into either field."""
+    return not _NO_CREDIT.isdisjoint({error.code, error.type})
+
+
+def _vectors(found: Any) -> Vectors:
+    """Embeddings as they come, little-endian float32 in base64."""
+    vectors = []
+    for row in sorted(found["data"], key=lambda row: int(row["index"])):
+        vector = array.array("f")
+        vector.frombytes(base64.b64decode(row["embedding"], validate=True))
+        if sys.byteorder == "big":
+            vector.byteswap()
+        vectors.append(vector)
+    return vectors, Usage(input=found["usage"]["prompt_tokens"])
 
 
 class Endpoint(OpenAI):
@@ -288,6 +433,7 @@ class Gemini:
     def __init__(self) -> None:
         self._client: Any = None
         self._http: Any = None
+        self._line = _line()
 
     def wire(self, request: Request, card: ModelCard) -> Wire:
         system, turns = _split(request.messages)
@@ -309,14 +455,28 @@ class Gemini:
             from google import genai
             from google.genai import types
 
-            # An injected httpx2 client keeps google-genai from switching to aiohttp when that is importable.
-            limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
-            self._http = httpx2.AsyncClient(limits=limits)
+            # An injected httpx2 client keeps google-genai from switching to an aiohttp of its own.
+            self._http = httpx2.AsyncClient(transport=self._line.transport())
             options = types.HttpOptions(timeout=int(TIMEOUT_S * 1000), httpx_async_client=self._http)
             self._client = genai.Client(http_options=options)
         return self._client
 
-    async def send(self, wire: Wire, base_url: str, again: str) -> Answer:
+    async def send(self, wire: Wire, base_url: str, again: str, hear: Hear | None = None) -> Answer:
+        config = wire["config"]
+        fixed = {name: value for name, value in config.items() if name not in _GEMINI_OWN}
+        return await self._line.ask(
+            Question(
+                # Everything the SDK names and nests anew must be equal; what it leaves as it is may differ.
+                key=(wire["model"], *sorted(config), orjson.dumps(fixed)),
+                body=lambda sent: _gemini_body(wire, sent),
+                read=_gemini_answer,
+                sdk=lambda: self._by_sdk(wire, again),
+                again=again,
+                hear=hear,
+            )
+        )
+
+    async def _by_sdk(self, wire: Wire, again: str) -> Answer:
         client = self.client()
         import httpx2
         from google.genai import errors, types
@@ -330,9 +490,13 @@ class Gemini:
         except httpx2.TransportError as error:
             raise TransientError(f"gemini: {type(error).__name__} {error}") from error
         except errors.APIError as error:
-            raise _status_error("gemini", error, error.code, spent=False) from error
+            raise _status_error("gemini", error, error.code, spent=_gemini_limit(error)) from error
         except json.JSONDecodeError as error:
             raise TransientError(f"gemini answered 200 with broken JSON: {error}") from error
+        with _readable("gemini"):
+            return self._typed(reply)
+
+    def _typed(self, reply: Any) -> Answer:
         meta = reply.usage_metadata
         if meta is None:
             raise TransientError("gemini answered 200 without usage")
@@ -359,6 +523,53 @@ class Gemini:
             await self._client.aio.aclose()
             self._client.close()
             await self._http.aclose()
+        await self._line.close()
+
+
+_GEMINI_OWN = {"system_instruction": "", "max_output_tokens": "maxOutputTokens", "temperature": "temperature"}
+"""Fields of a config that differ from call to call, and their names in ``generationConfig``."""
+
+
+def _gemini_body(wire: Wire, sent: Wire) -> Wire:
+    """The body the SDK would send, from one it did send for a config of the same shape."""
+    config = wire["config"]
+    own = {name: config[key] for key, name in _GEMINI_OWN.items() if name and key in config}
+    body = sent | {"contents": wire["contents"], "generationConfig": sent["generationConfig"] | own}
+    if "system_instruction" in config:
+        parts = [{"text": config["system_instruction"]}]
+        body["systemInstruction"] = {"parts": parts, "role": sent["systemInstruction"]["role"]}
+    return body
+
+
+def _gemini_limit(error: Any) -> bool:
+    """A 429 that is the quota of a day: it looks like any other, and waiting for it would outlast the run."""
+    try:
+        rows = error.details["error"]["details"]
+        named = [violation["quotaId"] for row in rows for violation in row.get("violations", [])]
+    except (LookupError, TypeError, AttributeError):  # told in another way, or not at all
+        return False
+    return error.code == 429 and any("PerDay" in quota for quota in named)
+
+
+def _gemini_answer(found: Any) -> Answer | None:
+    """The same from the JSON; None for whatever is not as usual."""
+    (candidate,), meta = found["candidates"], found["usageMetadata"]
+    reason, parts = candidate["finishReason"], candidate.get("content", {}).get("parts") or []
+    if any(not part.keys() <= {"text", "thought", "thoughtSignature"} for part in parts):
+        return None
+    stop: Stop = {"STOP": "stop", "MAX_TOKENS": "length"}.get(reason, "refusal")  # type: ignore[assignment]
+    text = "".join(part["text"] for part in parts if not part.get("thought") and part.get("text"))
+    return Answer(
+        text=text if stop != "refusal" else "",
+        stop=stop,
+        detail=reason,
+        usage=Usage(
+            input=meta.get("promptTokenCount") or 0,
+            output=(meta.get("candidatesTokenCount") or 0) + (meta.get("thoughtsTokenCount") or 0),
+            cached=meta.get("cachedContentTokenCount") or 0,
+        ),
+        served_by=found.get("modelVersion") or "",
+    )
 
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {
@@ -386,7 +597,9 @@ def _status_error(provider: str, error: Any, status: int, *, spent: bool) -> Exc
     if status == 404:
         return ProviderError(said, "the model may be retired: choose one from shared/llm/models.toml in the settings")
     if status in RETRIED or status >= 500:
-        return TransientError(said, limited=status in (429, 529), after_s=_retry_after_s(error))
+        after_s = _retry_after_s(error)
+        overloaded = status == 529 or (status == 503 and after_s is not None)
+        return TransientError(said, limited=status == 429 or overloaded, overloaded=overloaded, after_s=after_s)
     return BadRequestError(said)
 
 

@@ -15,7 +15,6 @@ import datetime
 import fcntl
 import os
 import queue
-import socket
 import sqlite3
 import threading
 import time
@@ -35,9 +34,7 @@ from shared.records import Part
 
 SCHEMA = 1
 STALE_S = 3600.0
-"""A reservation of another machine or container not renewed for this long belongs to a process that died; longer than
-any call may take. On this machine we look whether the process lives."""
-HOST = socket.gethostname()
+"""Reservations of versions that held no lock: not renewed for this long, they belong to a process that died."""
 
 _TABLES = """
 CREATE TABLE replies (key TEXT PRIMARY KEY, request BLOB NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID;
@@ -79,7 +76,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.owner = f"{HOST}|{os.getpid()}|{uuid.uuid4().hex[:12]}"
+        self.owner = f"lock|{uuid.uuid4().hex}"
+        self._alive = -1
         path.parent.mkdir(parents=True, exist_ok=True)
         self._reader = _open(path)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -128,9 +126,10 @@ class Store:
 
     async def put(self, entry: Entry, request: dict[str, Any], answer: Answer, reserved: int = 0) -> None:
         """Store an answer with its ledger line, and give back what was reserved; returns once all is on disk."""
-        packed = zlib.compress(orjson.dumps(request), 1), zlib.compress(answer.model_dump_json().encode(), 1)
+        asked, answered = orjson.dumps(request), answer.model_dump_json().encode()
 
         def write(db: sqlite3.Connection) -> None:
+            packed = zlib.compress(asked, 1), zlib.compress(answered, 1)
             db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (entry.key, *packed))
             self._bill(db, entry, reserved)
 
@@ -158,10 +157,12 @@ class Store:
 
         def write(db: sqlite3.Connection) -> None:
             nonlocal reserved
-            now = time.time()
-            _forget_the_dead(db, now)
+            self._hold_lock()
             (spent,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM spent WHERE run = ?", (run,)).fetchone()
             (aside,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", (run,)).fetchone()
+            if spent + aside + nano > budget_nano:
+                _forget_the_dead(db, self.path, self.owner)
+                (aside,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", (run,)).fetchone()
             if spent + nano > budget_nano:
                 raise BudgetError(
                     f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={run}: ${spent / NANO:.4f} spent, "
@@ -174,7 +175,7 @@ class Store:
             db.execute(
                 "INSERT INTO reserved VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (owner) DO UPDATE SET nano = nano + excluded.nano, at = excluded.at",
-                (self.owner, run, nano, now),
+                (self.owner, run, nano, time.time()),
             )
 
         await self._write(write)
@@ -184,6 +185,16 @@ class Store:
         """Give back what :meth:`reserve` set aside for a call that brought nothing."""
         if nano:
             await self._write(lambda db: self._give_back(db, nano))
+
+    def _hold_lock(self) -> None:
+        """Lock a file that says this process lives, for as long as it does: the kernel lets go of it, however it dies.
+
+        A process number would not do: in a container another process has the same, and nobody outside can ask for it.
+        """
+        if self._alive < 0:
+            path = _lock_of(self.path, self.owner)
+            self._alive = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._alive, fcntl.LOCK_EX)
 
     def _give_back(self, db: sqlite3.Connection, nano: int) -> None:
         db.execute("UPDATE reserved SET nano = nano - ? WHERE owner = ?", (nano, self.owner))
@@ -225,6 +236,11 @@ class Store:
         with contextlib.suppress(sqlite3.Error):
             db.execute("DELETE FROM reserved WHERE owner = ?", (self.owner,))
         db.close()
+        if self._alive >= 0:
+            with contextlib.suppress(OSError):
+                _lock_of(self.path, self.owner).unlink()
+            os.close(self._alive)
+            self._alive = -1
 
     def _next_group(self) -> tuple[list[_Job], bool]:
         """The jobs that wait, at least one and at most 256, and whether more may come; ``close`` ends with None."""
@@ -289,22 +305,35 @@ def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
         job.settle(refused)
 
 
-def _forget_the_dead(db: sqlite3.Connection, now: float) -> None:
-    """Free what processes set aside that were killed."""
-    for owner, at in db.execute("SELECT owner, at FROM reserved").fetchall():
-        host, _, rest = owner.partition("|")
-        if at < now - STALE_S or (host == HOST and not _alive(int(rest.partition("|")[0]))):
+def _lock_of(store: Path, owner: str) -> Path:
+    return store.parent / f".owner-{owner.partition('|')[2]}.lock"
+
+
+def _forget_the_dead(db: sqlite3.Connection, store: Path, me: str) -> None:
+    """Free what processes set aside that were killed, on this machine or in a container."""
+    for owner, at in db.execute("SELECT owner, at FROM reserved WHERE owner != ?", (me,)).fetchall():
+        stale = at < time.time() - STALE_S  # what counts for versions that held no lock
+        if _dead(_lock_of(store, owner)) if owner.startswith("lock|") else stale:
             db.execute("DELETE FROM reserved WHERE owner = ?", (owner,))
 
 
-def _alive(pid: int) -> bool:
+def _dead(lock: Path) -> bool:
+    """Whether nobody holds the lock; then its file is removed."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's, so there is one
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
         return True
-    return True
+    except OSError:  # cannot be asked
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        return True
+    except OSError:  # held, or a file system without locks: then it is never given up by us
+        return False
+    finally:
+        os.close(fd)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -334,6 +363,7 @@ def _open_alone(path: Path) -> sqlite3.Connection:
     if version == SCHEMA:  # asked before anything is set: setting the journal mode writes to the file
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA cache_size = -512")  # KiB; the system keeps the file's pages too
         return db
     db.close()
     raise SettingsError(

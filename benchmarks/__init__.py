@@ -1,0 +1,1 @@
+"""Measurements: what a figure in the README was measured with."""
