@@ -153,7 +153,7 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images audit bootstrap release
+.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images audit bootstrap release bench
 .PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14 stage15 stage16
 
 trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) models/trial/compression/16_release.json ## every track at small scale, trained, measured, laid out for release; no keys and no money while there is no .env
@@ -199,9 +199,13 @@ test: .venv/.setup uv.lock ## every test; touches no network but loopback
 lint: .venv/.setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy shared tests
+	$(PY) -m mypy shared tests benchmarks
 	MYPYPATH=docker:. $(PY) -m mypy docker/runner.py docker/images.py docker/lock.py docker/setup.py
 	set -e; for stage in stages/*/; do MYPYPATH=$$stage:. $(PY) -m mypy $$stage/main.py; done
+
+bench: .venv/.setup ## the client against a stub: seconds, memory, beside bare aiohttp; and 20 requests a second
+	$(PY) -m benchmarks.client
+	$(PY) -m benchmarks.rate
 
 preflight: preflight-$(RUN) ## everything RUN needs before anything is spent: keys, models, inputs, disk, budget
 $(RUNS:%=preflight-%): preflight-%: .venv/.setup
