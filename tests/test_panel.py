@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.llm import Models
-from shared.panel import Panel, Unjudged, agreement, cosine
+from shared.panel import Panel, Unjudged, agreement, carried, cosine
 from shared.records import Domain, Verdicts
 from tests.conftest import ROOT, StandinLog, StandinWith
 
@@ -318,3 +318,44 @@ def test_an_answer_that_cannot_be_used_is_no_verdict(standin_with: StandinWith, 
         view = models.one(panel(models).compare("prose", PAIRS[0][1], PAIRS[0][2]))
     assert isinstance(view, Unjudged) and view.reason == "refused"
     assert "from the verbose text" in view.detail and SETTINGS["panel"][0] in view.detail
+
+
+def all_verdicts(models: Models, pairs: list[tuple[Domain, str, str]], exhaustive: bool) -> list[Verdicts | Unjudged]:
+    judge = panel(models)
+    judge.exhaustive = exhaustive
+
+    async def one(pair: tuple[Domain, str, str]) -> Verdicts | Unjudged:
+        return await judge.compare(*pair)
+
+    return [verdicts for _, verdicts in models.map(one, pairs, 8)]
+
+
+@pytest.mark.usefixtures("standin")
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_panel_that_stops_early_accepts_the_same_pairs_and_asks_less(tmp_path: Path, share: float) -> None:
+    """At pass rates of about 50, 70 and 90 %: which pairs pass, and every score of those, are the same."""
+    damaged = [*DAMAGED, *one_fact_less()]
+    count = round(len(FAITHFUL) * (1 - share) / share)
+    pairs = [*FAITHFUL, *damaged[:count]]
+    found, asked, paid = [], [], []
+    for exhaustive in (True, False):
+        with Models(tmp_path / str(exhaustive), "mock", "trial", "04_validate", "compression") as models:
+            found.append(all_verdicts(models, pairs, exhaustive))
+            asked.append(models.spending().calls)
+            paid.append(models.spending().cost_usd)
+
+    every, fewer = found
+    for whole, stopped in zip(every, fewer, strict=True):
+        assert isinstance(whole, Verdicts) and isinstance(stopped, Verdicts)
+        assert stopped.passed is whole.passed
+        assert stopped == whole if whole.passed else stopped.min_equivalence >= whole.min_equivalence
+    passed = sum(isinstance(v, Verdicts) and v.passed for v in every) / len(every)
+    print(f"{passed:.0%} pass: {asked[1]} calls of {asked[0]}, ${paid[1]:.5f} of ${paid[0]:.5f}")
+    assert asked[1] < asked[0] and paid[1] < paid[0]
+
+
+def test_what_is_carried_over_is_the_share_of_the_texts_facts() -> None:
+    assert carried(PROSE, PROSE) == 1.0
+    assert carried(PROSE, "nothing") == 0.0
+    assert 0.5 < carried(PROSE, PROSE.replace("128 entries", "entries")) < 1.0
+    assert carried("some words in a row", "") == 1.0
