@@ -181,8 +181,7 @@ def needs(run: str, data: Path, loaded: Stages) -> tuple[int, int]:
             downloads = max(downloads, 0 if first.exists() or not remote else DOWNLOADS_BYTES)
         if getattr(params, "generator", "") == "mlx" and getattr(params.mlx, "revision", ""):
             weights = MODEL_BYTES
-    local = any(getattr(params, "generator", "") == "mlx" for _, params in loaded.values())
-    return round(GIB / 4 + records * BYTES_PER_RECORD + downloads + weights), (2 * MODEL_BYTES if local else 2 * GIB)
+    return round(GIB / 4 + records * BYTES_PER_RECORD + downloads + weights), (2 * MODEL_BYTES if weights else 2 * GIB)
 
 
 def prices(models: Sequence[str], today: datetime.date) -> list[Check]:

@@ -319,7 +319,17 @@ def test_the_trial_is_ready_without_a_key_or_a_step_by_hand(tmp_path: Path) -> N
     assert said.returncode == 0, said.stdout + said.stderr
     lines = said.stdout.splitlines()
     assert lines[-1] == "ready"
-    for name in ("settings", "run directory", "tokenizer", "generator", "prices", "anthropic", "openai", "disk"):
+    for name in (
+        "settings",
+        "run directory",
+        "tokenizer",
+        "mlx.model",
+        "mlx.adapter",
+        "prices",
+        "anthropic",
+        "openai",
+        "disk",
+    ):
         assert any(re.match(rf"  ok +{name}", line) for line in lines), name
     assert any("gated; the token of standin is let in" in line for line in lines)
     assert not (tmp_path / "data").exists(), "a check makes nothing"
