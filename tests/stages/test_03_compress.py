@@ -280,7 +280,7 @@ def test_a_text_that_is_not_shorter_is_rejected_with_the_figures() -> None:
 @pytest.mark.parametrize("name", ["trial.toml", "full.toml"])
 def test_both_settings_files_load_and_every_key_has_its_comment(name: str) -> None:
     params = load_settings(STAGE / name, main.Params)
-    assert main.table_of(params) is not None and params.max_tokens == 512 and params.temperature == 0.2
+    assert main.table_of(params) is not None and params.max_tokens == 512 and params.temperature <= 0.2
     for line in (STAGE / name).read_text("utf-8").splitlines():
         assert "=" not in line.partition("#")[0] or "#" in line, line
 
@@ -318,7 +318,7 @@ def test_a_missing_adapter_is_named_before_anything_is_generated(tmp_path: Path,
     done = run_stage(tmp_path, mlx_toml(tmp_path / "c.toml", tiny, adapter=str(tmp_path / "adapter")))
     assert done.returncode == 2
     assert "no adapter at" in done.stderr and "there is no such directory" in done.stderr
-    assert "mlx.adapter_revision" in done.stderr and "generator = 'teacher'" in done.stderr
+    assert "mlx.adapter_revision" in done.stderr and "make bootstrap" in done.stderr
     assert not (tmp_path / "cache").exists()
 
 

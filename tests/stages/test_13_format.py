@@ -65,12 +65,12 @@ def test_a_text_with_braces_is_not_taken_for_a_placeholder(data: Path) -> None:
     assert odd.verbose in example.messages[1].content
 
 
-@pytest.mark.parametrize(("name", "held_out"), [("trial", 0.10), ("full", 0.05)])
-def test_the_splits_have_their_shares(data: Path, name: str, held_out: float) -> None:
+@pytest.mark.parametrize(("name", "held_out"), [("trial", (0.10, 0.15)), ("full", (0.05, 0.05))])
+def test_the_splits_have_their_shares(data: Path, name: str, held_out: tuple[float, float]) -> None:
     _, examples = format_(data, chosen(2000), name=name)
     shares = Counter(example.split for example in examples)
-    for split in ("valid", "test"):
-        assert abs(shares[split] / 2000 - held_out) < 0.02
+    for split, share in zip(("valid", "test"), held_out, strict=True):
+        assert abs(shares[split] / 2000 - share) < 0.02
     assert sum(shares.values()) == 2000
 
 
