@@ -71,7 +71,8 @@ def directory(tmp_path: Path, run: str = "trial") -> Path:
 
 
 def of_track(rows: list[forecast.Row], track: str = TRACK) -> dict[tuple[str, str], forecast.Row]:
-    return {(row.stage, row.model): row for row in rows if row.track == track}
+    """Of the stages that make records: what training and measuring cost is another matter."""
+    return {(row.stage, row.model): row for row in rows if row.track == track and row.stage < "14"}
 
 
 # ---------------------------------------------------------------- the spine
