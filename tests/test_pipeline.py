@@ -62,11 +62,15 @@ class Clone:
         return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*.jsonl"))}
 
 
+DATA = ("compression", "grounded", "patterns")
+"""What makes all the data of a trial, and trains nothing."""
+
+
 def trial(root: Path, origin: Path, *flags: str) -> Clone:
     with environment_of(closed_environment()):
         clone = Clone(copy_of_repository(root, origin), StandinLog(root / "data" / "requests.log"), None, 0.0)  # type: ignore[arg-type]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        clone.done = clone.make(*flags, "trial")
+        clone.done = clone.make(*flags)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         clone.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert clone.done.returncode == 0, clone.done.stdout[-2000:] + clone.done.stderr[-6000:]
@@ -75,12 +79,12 @@ def trial(root: Path, origin: Path, *flags: str) -> Clone:
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("first") / "synthmill", ROOT, "-j1")
+    return trial(tmp_path_factory.mktemp("first") / "synthmill", ROOT, "-j1", "trial")
 
 
 @pytest.fixture(scope="session")
 def second(first: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone", first.root, "-j4")
+    return trial(tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone", first.root, "-j4", *DATA)
 
 
 # ---------------------------------------------------------------- what it makes
@@ -99,10 +103,10 @@ def test_the_trial_ends_with_a_table_and_enough_examples(first: Clone) -> None:
     assert "stand-in" in table, "it says that nothing was paid"
 
 
-def test_the_trial_is_a_matter_of_a_minute(first: Clone) -> None:
+def test_the_trial_is_a_matter_of_minutes(first: Clone) -> None:
     # Processor time, so that a busy machine does not matter: on one core it is the most the clock can show.
     print(f"make trial: {first.cpu_s:.0f} s of processor time")
-    assert first.cpu_s < 90
+    assert first.cpu_s < 240
 
 
 def test_every_stage_accounts_for_every_record(first: Clone) -> None:
@@ -167,7 +171,7 @@ def test_an_output_that_is_lost_is_made_again_without_a_request(first: Clone) ->
 def test_a_run_from_stored_answers_is_the_same_under_j8(second: Clone) -> None:
     before = second.lines()
     shutil.rmtree(second.root / "data" / "trial")
-    again = second.make("-j8", "trial")
+    again = second.make("-j8", *DATA)
     assert again.returncode == 0, again.stderr
     assert second.to_models() == []
     assert second.lines() == before
@@ -187,7 +191,7 @@ def test_a_wrong_setting_stops_make_and_leaves_what_was_there(second: Clone) -> 
     assert "stages/12_choose/trial.toml" in refused.stderr and "unknown key 'not_a_setting'" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert second.lines() == before
-    assert make(second.root, "-q", "trial").returncode == 0
+    assert make(second.root, "-q", *DATA).returncode == 0
 
 
 def test_live_after_mock_is_refused_with_the_command_that_clears_the_way(second: Clone) -> None:
