@@ -77,7 +77,15 @@ class AdapterMade(Part):
     tensors: int
 
 
-class TrainReceipt(Part):
+class Receipt(Part):
+    """What every receipt can: be written."""
+
+    def line(self) -> bytes:
+        """The receipt as it is on disk."""
+        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+class TrainReceipt(Receipt):
     """14 train.
 
     Attributes:
@@ -115,10 +123,6 @@ class TrainReceipt(Part):
     python: str
     platform: str
     packages: dict[str, str]
-
-    def line(self) -> bytes:
-        """The receipt as it is on disk."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 class Interval(Part):
@@ -165,7 +169,7 @@ class Gate(Part):
     passed: bool
 
 
-class EvaluateReceipt(Part):
+class EvaluateReceipt(Receipt):
     """15 evaluate.
 
     Attributes:
@@ -200,10 +204,6 @@ class EvaluateReceipt(Part):
     python: str
     platform: str
     packages: dict[str, str]
-
-    def line(self) -> bytes:
-        """The receipt as it is on disk."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_train_receipt(path: Path) -> tuple[TrainReceipt, Path]:
@@ -259,7 +259,7 @@ class ReleasedRepository(Part):
     url: str = ""
 
 
-class ReleaseReceipt(Part):
+class ReleaseReceipt(Receipt):
     """16 release.
 
     Attributes:
@@ -296,10 +296,6 @@ class ReleaseReceipt(Part):
     python: str
     platform: str
     packages: dict[str, str]
-
-    def line(self) -> bytes:
-        """The receipt as it is on disk."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_evaluate_receipt(path: Path) -> EvaluateReceipt:
