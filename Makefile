@@ -153,7 +153,7 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/.
 
 # ------------------------------------------------------------------------------------------------ what people type
 
-.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images audit bootstrap release bench
+.PHONY: $(RUNS:%=preflight-%) FORCE help trial full compression grounded patterns setup lock test lint preflight estimate stats trace mock clean images audit bootstrap release bench test-stages test-shared
 .PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14 stage15 stage16
 
 trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) models/trial/compression/16_release.json ## every track at small scale, trained, measured, laid out for release; no keys and no money while there is no .env
@@ -194,8 +194,11 @@ images: .venv/.setup ## the container images, built when stale, with their sizes
 audit: .venv/.setup uv.lock ## known vulnerabilities of everything that is locked; asks the OSV database
 	.venv/bin/uv audit --frozen --preview-features audit-command
 
-test: .venv/.setup uv.lock ## every test; touches no network but loopback
-	$(PY) -m pytest
+test: test-stages test-shared ## every test; touches no network but loopback; -j2 runs both halves at once
+test-stages: .venv/.setup uv.lock
+	$(PY) -m pytest tests/stages
+test-shared: .venv/.setup uv.lock
+	$(PY) -m pytest tests --ignore=tests/stages
 lint: .venv/.setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
