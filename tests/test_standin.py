@@ -633,7 +633,12 @@ def test_a_stand_in_that_does_not_come_up_is_a_settings_error(monkeypatch: pytes
 
 def test_by_hand_it_prints_the_settings_for_a_shell_and_ends_on_ctrl_c() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "shared.standin"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "shared.standin"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started with `&` inherit it ignored
     )
     with child:
         assert child.stdout is not None
