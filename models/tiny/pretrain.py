@@ -387,7 +387,8 @@ def train(model: Qwen3ForCausalLM, sampler: Sampler, system: torch.Tensor, args:
         print(f"goes on from step {step}")
     while step < args.steps and time.monotonic() - start < 60 * args.minutes:
         # Short texts first: copying is learnt on them, then stretched to the full length by 40 % of the run.
-        high = 100 if args.init else int(15 + 85 * min(1.0, step / (0.4 * args.steps)))
+        grown = 1.0 if args.init else min(1.0, step / (0.4 * args.steps))
+        high = int(15 + (args.words - 15) * grown)
         rate = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -455,7 +456,7 @@ def write_heldout(sampler: Sampler, path: Path, per_cell: int) -> None:
 def write_recipe(path: Path, texts: list[Text], args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write what the model was made from: settings, distributions with their licences, and the result."""
     keys = ["seed", "batch_tokens", "lr", "warmup", "ema", "layers", "width", "vocab", "max_tokens", "bf16"]
-    keys += ["prose", "steps", "device"]
+    keys += ["batch_seed", "words", "prose", "steps", "device"]
     lines = [
         "# Written by pretrain.py.",
         "[settings]",
@@ -497,7 +498,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--cache", type=Path, help="file that keeps the corpus between runs; none = build it each time")
     p.add_argument("--init", type=Path, help="folder of weights to go on from, at full length; none = from scratch")
     p.add_argument("--prose", type=float, default=0.5, help="share of examples that are prose, 0 to 1")
-    p.add_argument("--seed", type=int, default=0, help="seed of corpus, batches and weights")
+    p.add_argument("--seed", type=int, default=0, help="seed of corpus, tokenizer, weights and held-out texts")
+    p.add_argument("--batch-seed", type=int, default=1, help="seed of the batches: another one for each --init")
+    p.add_argument("--words", type=int, default=100, help="longest text trained on, in words, 20 or more")
     p.add_argument("--steps", type=int, default=20_000, help="optimiser steps; 0 = corpus, tokenizer and recipe only")
     p.add_argument("--minutes", type=float, default=1e9, help="stop training after this many minutes")
     p.add_argument("--batch-tokens", type=int, default=12_000, help="tokens in one step, padding included")
@@ -568,7 +571,7 @@ def main() -> None:
     print(f"{model.num_parameters() / 1e6:.2f} M parameters")
     system_ids = torch.tensor(prefix, device=args.device)
     began = time.monotonic()
-    steps = train(model, sampler(training, args.seed + (1001 if args.init else 1)), system_ids, args)
+    steps = train(model, sampler(training, args.batch_seed), system_ids, args)
 
     # ---- evaluate and save ----
     result: dict[str, Any] = {"steps": steps, "minutes": round((time.monotonic() - began) / 60, 1)}
