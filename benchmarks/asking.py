@@ -34,7 +34,7 @@ def bare(url: str, calls: int, concurrency: int) -> float:
 
             async def worker() -> None:
                 for n in numbers:
-                    body = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": f"Line {n}."}]}
+                    body = {"model": "gpt-6-luna", "messages": [{"role": "user", "content": f"Line item-{n}."}]}
                     async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
                         assert (await answer.json())["choices"]
 
@@ -53,7 +53,7 @@ def ours(url: str, calls: int, concurrency: int, provider: str, cache: Path) -> 
     model = MODELS[provider]
 
     async def ask(n: int) -> int:
-        reply = await models.ask(Request(model=model, messages=chat("", f"Line {n}.")))
+        reply = await models.ask(Request(model=model, messages=chat("", f"Line item-{n}.")))
         assert not reply.problem and not reply.cached, reply
         return n
 

@@ -9,7 +9,7 @@ with ours because a shared machine is never the same twice. `ours` is :class:`sh
 ledger, retries, limits. Each measurement is a process of its own; the figures are medians of the repeats.
 
 - seconds: from the first record asked for to the last answer delivered; imports and start-up are beside it.
-- ideal: what Little's law allows: calls x mean latency / concurrency.
+- ideal: what Little's law allows: the sum of the latencies the stub chose / concurrency.
 - PSS: peak proportional memory of the process that asks (Linux; elsewhere its peak resident set).
 """
 
@@ -25,15 +25,15 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.asking import MODELS
+from benchmarks.processes import pss_mib
 
 ROOT = Path(__file__).resolve().parent.parent
-MEAN_S = {"heavy": 0.95 * 0.05 + 0.045 * 0.5 + 0.005 * 2.0}
 
 
 # ---------------------------------------------------------------- measuring
@@ -88,16 +88,8 @@ def _measure(flags: list[str]) -> dict[str, float]:
     found: dict[str, float] = json.loads(said.splitlines()[-1])
     counted = stats(flags[1])
     assert counted["asked"] == counted["answered"] == int(flags[2]), counted
-    return found | {"wall_s": time.perf_counter() - started, "mib": peak[0] or found["rss_mib"]}
-
-
-def pss_mib(pid: int) -> float:
-    """Proportional memory of a process now; 0 where the system does not tell."""
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
+    found |= {"wall_s": time.perf_counter() - started, "mib": peak[0] or found["rss_mib"]}
+    return found | {"latency_s": counted["latency_s"]}
 
 
 def compare(calls: int, concurrency: int, latency: str, repeats: int, provider: str) -> dict[str, Any]:
@@ -107,11 +99,10 @@ def compare(calls: int, concurrency: int, latency: str, repeats: int, provider: 
         for _ in range(repeats):
             for what, found in rows.items():
                 found.append(measure(what, url, calls, concurrency, provider))
-    mean = MEAN_S.get(latency) or float(latency)
-    ideal = calls * mean / concurrency
     medians = {
         what: {key: statistics.median(row[key] for row in found) for key in found[0]} for what, found in rows.items()
     }
+    ideal = medians["bare"]["latency_s"] / concurrency  # an item's latency is the same for both
     print(f"{calls:,} calls to {provider}, {concurrency} at a time, latency {latency}; ideal {ideal:.2f} s;", end=" ")
     print(f"medians of {repeats}")
     print(f"{'':6}{'seconds':>9}{'calls/s':>9}{'of ideal':>9}{'vs bare':>9}{'CPU s':>8}{'wall s':>8}{'MiB':>7}   runs")
@@ -122,16 +113,17 @@ def compare(calls: int, concurrency: int, latency: str, repeats: int, provider: 
             f"{what:6}{m['seconds']:9.2f}{calls / m['seconds']:9.0f}{ideal / m['seconds']:9.2f}{ratio:9.2f}"
             f"{m['cpu_s']:8.2f}{m['wall_s']:8.2f}{m['mib']:7.1f}   {runs}"
         )
-    return {"calls": calls, "concurrency": concurrency, "latency": latency, "ideal_s": ideal, "medians": medians}
+    given = {"calls": calls, "concurrency": concurrency, "latency": latency, "provider": provider}
+    return given | {"ideal_s": ideal, "runs": rows, "medians": medians}
 
 
-def flat(provider: str) -> dict[str, Any]:
+def flat(provider: str, many: Sequence[int] = (1_000, 10_000, 100_000)) -> dict[str, Any]:
     """Peak memory for more and more calls: it must not grow with them."""
     found = {}
     with stub("--latency", "0.005") as url:
-        for calls in (1_000, 10_000, 100_000):
+        for calls in many:
             row = measure("ours", url, calls, 50, provider)
-            found[calls] = row
+            found[str(calls)] = row
             print(f"{calls:>8,} calls: {row['seconds']:7.1f} s, {calls / row['seconds']:5.0f}/s, {row['mib']:.1f} MiB")
     return {"flat": found}
 

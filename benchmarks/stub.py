@@ -2,10 +2,15 @@
 
     python -m benchmarks.stub --latency 0.1            # every answer after 100 ms
     python -m benchmarks.stub --latency heavy          # 95 % 50 ms, 4.5 % 500 ms, 0.5 % 2 s, the same for a question
+    python -m benchmarks.stub --latency spread         # 50 to 150 ms, all as likely, the same for a question
     python -m benchmarks.stub --rate 20                # 429 with Retry-After beyond 20 requests in any second
 
 It is written for a low cost of its own (about 40 us of CPU a request): client and server share the machine.
 ``GET /__stats`` tells what was asked, ``POST /__reset`` forgets it. The first line it prints is its address.
+
+A question that bears ``item-N`` is known by it, however a client wraps it: `distinct` counts the items answered,
+`repeated` the answers to items that had been answered before (after ``POST /__mark``: before that). An answer nobody is
+there to take counts as `abandoned` and not as answered. `latency_s` is the sum of what the answered ones had to wait.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import re
 import time
 from collections import deque
 from typing import Any
@@ -22,13 +28,14 @@ import orjson
 
 HEAVY = ((0.005, 2.0), (0.05, 0.5), (1.0, 0.05))
 """Cumulative share of questions, and their latency in seconds; the mean is 80 ms."""
+_ITEM = re.compile(rb"item-(\d+)")
 
 
 class Stub:
     """What all connections share.
 
     Args:
-        latency: seconds, or ``heavy``.
+        latency: seconds, ``heavy`` or ``spread``.
         rate: requests a second beyond which 429 is answered; 0 = no cap.
         retry_after: header of a 429: ``ms`` also tells milliseconds, ``s`` whole seconds only.
     """
@@ -40,13 +47,18 @@ class Stub:
 
     def reset(self) -> None:
         self.stats: dict[str, Any] = {"asked": 0, "answered": 0, "refused": 0, "under_way": 0, "most_under_way": 0}
-        self.stats |= {"first": 0.0, "last": 0.0}
+        self.stats |= {"first": 0.0, "last": 0.0, "latency_s": 0.0, "abandoned": 0, "distinct": 0, "repeated": 0}
+        self.items: set[bytes] = set()
+        self.marked: set[bytes] | None = None
 
     def delay(self, body: bytes) -> float:
         """Seconds until this question is answered."""
-        if self.latency != "heavy":
+        if self.latency not in ("heavy", "spread"):
             return float(self.latency)
-        place = int.from_bytes(hashlib.blake2b(body, digest_size=6).digest(), "big") / (1 << 48)
+        item = _ITEM.search(body)  # so that whoever asks, an item takes as long
+        place = int.from_bytes(hashlib.blake2b(item[0] if item else body, digest_size=6).digest(), "big") / (1 << 48)
+        if self.latency == "spread":
+            return 0.05 + 0.1 * place
         return next(seconds for share, seconds in HEAVY if place < share)
 
     def refused_for(self, now: float) -> float:
@@ -65,7 +77,7 @@ class Connection(asyncio.Protocol):
     """One connection; requests on it are answered one after the other."""
 
     def __init__(self, stub: Stub) -> None:
-        self.stub, self.buffer = stub, b""
+        self.stub, self.buffer, self.last = stub, b"", False
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -81,7 +93,7 @@ class Connection(asyncio.Protocol):
         size = int(lower.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
         if len(rest) < size:
             return
-        self.buffer = rest[size:]
+        self.buffer, self.last = rest[size:], b"\r\nconnection: close" in lower
         self._asked(head.partition(b" ")[2].partition(b" ")[0].decode(), rest[:size])
 
     def _asked(self, path: str, body: bytes) -> None:
@@ -89,7 +101,11 @@ class Connection(asyncio.Protocol):
         if path.startswith("/__"):
             if path == "/__reset":
                 stub.reset()
+            elif path == "/__mark":
+                stub.marked = set(stub.items)
             return self._write(b"200 OK", orjson.dumps(stub.stats))
+        if path.endswith("/models"):  # some look whether their model is there
+            return self._write(b"200 OK", orjson.dumps({"object": "list", "data": [{"id": "stub", "object": "model"}]}))
         stats = stub.stats
         stats["asked"] += 1
         stats["first"] = stats["first"] or now
@@ -102,13 +118,22 @@ class Connection(asyncio.Protocol):
             return self._write(b"429 Too Many Requests", orjson.dumps(refusal), again)
         stats["under_way"] += 1
         stats["most_under_way"] = max(stats["most_under_way"], stats["under_way"])
-        asyncio.get_running_loop().call_later(stub.delay(body), self._answer, path, body)
+        delay = stub.delay(body)
+        asyncio.get_running_loop().call_later(delay, self._answer, path, body, delay)
 
-    def _answer(self, path: str, body: bytes) -> None:
-        stats = self.stub.stats
+    def _answer(self, path: str, body: bytes, delay: float) -> None:
+        stats, items = self.stub.stats, self.stub.items
         stats["under_way"] -= 1
+        if self.transport.is_closing():
+            stats["abandoned"] += 1
+            return
         stats["answered"] += 1
+        stats["latency_s"] += delay
         stats["last"] = time.monotonic()
+        if item := _ITEM.search(body):
+            stats["repeated"] += item[1] in (items if self.stub.marked is None else self.stub.marked)
+            items.add(item[1])
+            stats["distinct"] = len(items)
         limits = b"x-ratelimit-limit-requests: 100000\r\nx-ratelimit-remaining-requests: 99999\r\n"
         if self.stub.rate:
             left = max(0, int(self.stub.rate) - len(self.stub.recent))
@@ -122,6 +147,8 @@ class Connection(asyncio.Protocol):
         if not self.transport.is_closing():
             head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
             self.transport.write(head % (status, more, len(body)) + body)
+            if self.last:
+                self.transport.close()
 
 
 def _answer(path: str, body: bytes) -> dict[str, Any]:
@@ -151,7 +178,7 @@ async def serve(stub: Stub, port: int = 0) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="port; 0 = any free one")
-    parser.add_argument("--latency", default="0.1", help="seconds, or `heavy`")
+    parser.add_argument("--latency", default="0.1", help="seconds, `heavy` or `spread`")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0 = no cap")
     parser.add_argument("--retry-after", choices=("s", "ms"), default="s", help="precision of the header of a 429")
     flags = parser.parse_args()
