@@ -93,7 +93,7 @@ MODELS = (
 ASKING = Needs(
     "llm",
     network=True,
-    variables=("BUDGET_USD", *STANDIN),
+    variables=("BUDGET_USD", "BATCH", *STANDIN),
     live=(*MODELS, *PROXIES, *TRACING),
     cache=True,
     memory="2g",
@@ -110,7 +110,13 @@ STAGES = {
         cache=True,
     ),
     "02_merge": OFFLINE._replace(variables=("ENGINE",), memory="8g"),
-    "03_compress": ASKING._replace(image="data", live=(*ASKING.live, *HUB), reads=("models",), memory="4g"),
+    "03_compress": ASKING._replace(
+        image="data",
+        variables=("WITHOUT_MLX", *ASKING.variables),
+        live=(*ASKING.live, *HUB),
+        reads=("models",),
+        memory="4g",
+    ),
     "04_validate": ASKING,
     "05_extract_qa": ASKING._replace(variables=("FACTS", *ASKING.variables), reads=("data/inputs",)),
     "06_validate_qa": ASKING,
@@ -125,7 +131,7 @@ STAGES = {
         "data",
         network=True,
         lineage=True,
-        variables=("PUSH", "HF_REPO", *STANDIN),
+        variables=("PUSH", "HF_REPO", "WITHOUT_MLX", *STANDIN),
         live=(*HUB, *PROXIES, *TRACING),
         reads=("data/inputs", "models/tiny"),
         cache=True,
@@ -172,14 +178,16 @@ def choose(runner: str, arguments: list[str]) -> int:
     """Run in a container when that is asked for, or possible and ``auto``; else become the script.
 
     Raises:
-        SettingsError: ``docker`` is asked for and cannot be had, or ``APIS`` is wrong.
+        SettingsError: ``docker`` is asked for and cannot be had, ``APIS`` is wrong, or another make has the run.
     """
     from shared import apis
+    from shared.claim import claim
     from shared.errors import SettingsError
 
     flags = parsed(arguments)
     if not flags.out or not flags.config:
         natively(arguments)  # --help, or a usage error: the script's to say
+    claim(data_of(flags.out), os.path.basename(os.path.dirname(os.path.dirname(flags.out))))
     mode = apis.decide()
     if flags.stage not in STAGES:
         if runner == "docker":

@@ -9,7 +9,8 @@
     ├── AccountingError          exit 3   planned is not kept + rejected: a bug of ours, never hidden
     ├── NothingKeptError         exit 4   every record was rejected, or a gate failed
     ├── BudgetError              exit 5   the next call would exceed BUDGET_USD, or its price is unknown
-    └── ProviderError            exit 6   a provider stays unreachable or refuses us; what is done is saved
+    ├── ProviderError            exit 6   a provider stays unreachable or refuses us; what is done is saved
+    └── LeftOutError             exit 0   this machine cannot do it, and the command goes on without it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class SynthmillError(Exception):
     """Base of all errors a person can mend. ``mend`` is the next command or step."""
 
     exit_code = 1
+    heading = "error"
 
     def __init__(self, what: str, mend: str = "") -> None:
         super().__init__(what)
@@ -69,7 +71,14 @@ class ProviderError(SynthmillError):
     exit_code = 6
 
 
+class LeftOutError(SynthmillError):
+    """This machine cannot do it, and whoever started us wants to go on without it; nothing was written."""
+
+    exit_code = 0
+    heading = "left out"
+
+
 def complain(error: SynthmillError) -> int:
     """Print an error for a person on stderr; the exit code to leave with."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{error.heading}: {error}", file=sys.stderr)
     return error.exit_code

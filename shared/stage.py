@@ -38,6 +38,7 @@ from __future__ import annotations
 import argparse
 import base64
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -64,6 +65,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from shared import apis, tracing
+from shared.claim import claim
 from shared.errors import AccountingError, MixedApisError, NothingKeptError, SettingsError, SynthmillError, complain
 from shared.records import SCHEMA_VERSION, Record, Reject
 
@@ -179,10 +181,19 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
     os.replace(part, path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync_directory(path.parent)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """What was renamed or made in it survives a power failure."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -399,6 +410,10 @@ class Stage(Generic[P]):
         self._dirs[name] = part
         return part
 
+    def begin(self) -> None:
+        """Begin the output, so that a place that cannot be written to is found out before anything is paid for."""
+        assert not self._out.tell()
+
     @cached_property
     def _out(self) -> IO[bytes]:
         return self._stack.enter_context(open(self._part(self.output), "wb"))
@@ -427,6 +442,7 @@ class Stage(Generic[P]):
     def models(self) -> Models:
         """Ask models through this; see :mod:`shared.llm`. Made on first use, closed with the stage."""
         from shared.llm import Models
+        from shared.llm.batch import batch_from_env
         from shared.llm.models import budget_from_env
 
         if self.apis == "live":
@@ -434,9 +450,8 @@ class Stage(Generic[P]):
 
             if line := announcement(sys.modules["__main__"], self.name, self.params, self.input, self.limit):
                 print(line, file=sys.stderr)
-        return self._stack.enter_context(
-            Models(self.cache, self.apis, self.run, self.name, self.track, budget_usd=budget_from_env())
-        )
+        whose = (self.cache, self.apis, self.run, self.name, self.track)
+        return self._stack.enter_context(Models(*whose, budget_usd=budget_from_env(), batch=batch_from_env()))
 
     def services(self) -> None:
         """Point the SDKs of every paid service and of the Hub at the stand-in when ``APIS=mock``; nothing when live."""
@@ -473,8 +488,7 @@ class Stage(Generic[P]):
         if "_unreadable" in self.__dict__:
             self._prepend_unreadable()
         for file in (self._out, self._rejects):
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         spending = self.models.spending() if "models" in self.__dict__ else None
         seconds = time.monotonic() - self._started
         report = self._report(spending, seconds)
@@ -482,9 +496,12 @@ class Stage(Generic[P]):
         os.replace(self._part(self.beside(".rejects.jsonl")), self.beside(".rejects.jsonl"))
         for suffix, part in self._sides.items():
             with open(part, "rb") as file:
-                os.fsync(file.fileno())
+                _sync(file)
             os.replace(part, self.beside(suffix))
         for name, part in self._dirs.items():
+            for path in part.rglob("*"):
+                with suppress(IsADirectoryError), open(path, "rb") as file:
+                    _sync(file)
             replace_dir(part, self.output.with_name(name))
         with atomic(self.beside(".report.json")) as file:
             file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
@@ -501,10 +518,25 @@ class Stage(Generic[P]):
                 f"look at {shown(self.beside('.report.json'))}, then mend the cause",
             )
         assert not self.receipt or self._out.tell(), "a stage run with receipt=True writes one"
+        self._not_before_what_it_was_made_from()
         os.replace(self._part(self.output), self.output)
-        fd = os.open(self.output.parent, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        _sync_directory(self.output.parent)
+
+    def _not_before_what_it_was_made_from(self) -> None:
+        """Where the clock was set back, give the output the age of the newest file it may depend on.
+
+        make compares ages: with its own, the output would be older than its input, and be made again by every `make`
+        until the clock is where it was before.
+        """
+        data, stages = self.cache.parent, self.script.parent.parent
+        tracks = (data / self.run / self.track, data.parent / "models" / self.run / self.track)
+        before = (path for track in tracks for path in track.glob("[0-9][0-9]_*.json*") if path.name < self.name)
+        marks = (data / self.run).glob(".limit-*")  # with which variables the run is made
+        files = (*before, *marks, *(data / "inputs").glob("*"), *stages.glob("[0-9][0-9]_*/**/*"), self.config)
+        newest = max(path.stat().st_mtime_ns for path in files if path.is_file() and path.suffix != ".pyc")
+        part = self._part(self.output)
+        if newest > max(time.time_ns(), part.stat().st_mtime_ns):
+            os.utime(part, ns=(newest, newest))
 
     def _prepend_unreadable(self) -> None:
         self._rejects.flush()
@@ -585,8 +617,10 @@ def run(main: Callable[[Stage[P]], None], params: type[P], *, receipt: bool = Fa
         signal.signal(ending, _interrupt)
     try:
         stage = _from_flags(Path(sys.argv[0]).resolve(), params, receipt)
+        claim(stage.cache.parent, stage.run)
         with _locked(stage.output):
             try:
+                stage.begin()
                 with tracing.span("stage", stage=stage.name, run=stage.run, track=stage.track) as span:
                     main(stage)
                     stage.finish()
@@ -601,7 +635,7 @@ def run(main: Callable[[Stage[P]], None], params: type[P], *, receipt: bool = Fa
             print("\ninterrupted: every answer received is saved; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (28, 30, 13):  # no space, read-only file system, permission denied
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         sys.exit(
             complain(SynthmillError(f"cannot write: {error}", "free or open that place, then run the same command"))
@@ -650,10 +684,14 @@ def _belongs(directory: Path, mode: str, *, claim: bool = False) -> None:
     mark = directory / ".apis"
     if claim and not mark.exists():
         whole = directory / f".apis.{uuid.uuid4().hex}"
-        whole.write_text(f"{mode}\n", "utf-8")
-        with suppress(FileExistsError):
-            os.link(whole, mark)  # a link appears whole, and to one process only
-        whole.unlink()
+        try:
+            with open(whole, "wb") as file:
+                file.write(f"{mode}\n".encode())
+                _sync(file)
+            with suppress(FileExistsError):
+                os.link(whole, mark)  # a link appears whole, and to one process only
+        finally:
+            whole.unlink(missing_ok=True)
     owner = mark.read_text("utf-8").strip() if mark.exists() else mode
     if owner != mode:
         raise MixedApisError(

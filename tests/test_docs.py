@@ -18,10 +18,12 @@ INTERNAL = {
     "SYNTHMILL_REVISION",
     "STANDIN_URL",
     "STANDIN_LOG",
+    "WITHOUT_MLX",  # `make trial` to its stages
     # other programs' own, which we only respect
     "GIT_ALLOW_PROTOCOL",
     "HF_ENDPOINT",
     "HF_HOME",
+    "MAKELEVEL",
     "GOOGLE_API_KEY",  # google-genai's older name of GEMINI_API_KEY
     "LOGFIRE_BASE_URL",
 }

@@ -64,9 +64,9 @@ def test_the_stages_that_need_no_network_never_have_one(data: Path, monkeypatch:
 
 HANDLED = {"APIS", "STANDIN_URL", "SYNTHMILL_CONNECTED", "SYNTHMILL_REVISION"}
 """Set by the runner, or by a stage for itself."""
-NATIVE = {"RAY_ADDRESS", "STANDIN_LOG", "STANDIN_STATE"}
+NATIVE = {"RAY_ADDRESS", "STANDIN_LOG", "STANDIN_STATE", "MAKELEVEL"}
 """For stages that run natively: with ENGINE=ray the runner sees to it; a log has no place in a container; a stand-in
-in one keeps its state where it does by default, in data/cache."""
+in one keeps its state where it does by default, in data/cache; for one, the runner has claimed the run outside."""
 
 
 def parsed(path: Path) -> ast.Module:

@@ -19,6 +19,7 @@ from shared.generate.outcome import (
     compressed_or_reason,
     from_reply,
     in_fewer_tokens,
+    served,
     unfit,
 )
 from shared.generate.store import Finished, GenerationStore, store_path
@@ -37,6 +38,7 @@ __all__ = [
     "from_reply",
     "in_fewer_tokens",
     "refusal",
+    "served",
     "store_path",
     "unfit",
 ]

@@ -9,7 +9,7 @@ from shared.generate.cleaning import clean, refusal
 from shared.records import Message
 
 if TYPE_CHECKING:
-    from shared.llm import Reply
+    from shared.llm import Models, Reply
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 """ChatML's. In a text they would end its turn, here and again in the training data made from it."""
@@ -50,6 +50,18 @@ def unfit(messages: tuple[Message, ...]) -> Outcome | None:
 def from_reply(reply: Reply) -> Outcome:
     """A reply as an outcome; its problem, when it has one, is the reason."""
     return Outcome(reply.text, reply.problem, reply.detail)
+
+
+async def served(models: Models, model: str, base_url: str, messages: tuple[Message, ...], how: Sampling) -> Outcome:
+    """What a server or a hosted model makes of a question; the seed is this machine's alone."""
+    from shared.llm import Request
+
+    if problem := unfit(messages):
+        return problem
+    request = Request(
+        model=model, base_url=base_url, messages=messages, max_tokens=how.max_tokens, temperature=how.temperature
+    )
+    return from_reply(await models.ask(request))
 
 
 # ---------------------------------------------------------------- is it a compression?

@@ -7,12 +7,13 @@ wrote it: cleaning and rejecting happen after it is read back, so changing their
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.errors import SettingsError
+from shared.errors import SettingsError, SynthmillError
 from shared.stage import shown
 
 SCHEMA = 1
@@ -41,15 +42,22 @@ class GenerationStore:
 
     Raises:
         SettingsError: the file was written by another schema version, or is no such store; it is left untouched.
+        SynthmillError: it cannot be opened or written to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        # 60 s: another process may be writing; its transactions last milliseconds.
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        try:
+            # 60 s: another process may be writing; its transactions last milliseconds.
+            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise self._in_the_way(error) from None
         try:
             self._check()
+        except sqlite3.OperationalError as error:
+            self._db.close()
+            raise self._in_the_way(error) from None
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise SettingsError(f"{shown(path)} is no store of generations: {error}", self._mend()) from None
@@ -78,6 +86,14 @@ class GenerationStore:
         name = shown(self.path)
         return f"check out the code that wrote it, or: mv {name} {name}.old   (its texts would be generated again)"
 
+    def _in_the_way(self, error: sqlite3.OperationalError) -> SynthmillError:
+        """Locked, a full disk, no rights: what is in the store is fine."""
+        return SynthmillError(
+            f"{shown(self.path)} cannot be used: {error}; what was generated before is kept",
+            f"let other processes end, free some disk or open {shown(self.path.parent)} for writing, "
+            "then run the same command",
+        )
+
     def find(self, keys: Sequence[str]) -> dict[str, Finished]:
         """The stored generations among ``keys``."""
         found: dict[str, Finished] = {}
@@ -89,11 +105,20 @@ class GenerationStore:
         return found
 
     def add(self, finished: Iterable[tuple[str, Finished]]) -> None:
-        """Keep generations; they are on the disk when this returns. One that is there already stays as it is."""
-        self._db.execute("BEGIN IMMEDIATE")
+        """Keep generations; they are on the disk when this returns. One that is there already stays as it is.
+
+        Raises:
+            SynthmillError: they cannot be kept: a full disk, say.
+        """
         rows = ((key, *generation) for key, generation in finished)
-        self._db.executemany("INSERT OR IGNORE INTO generations VALUES (?, ?, ?, ?)", rows)
-        self._db.execute("COMMIT")
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO generations VALUES (?, ?, ?, ?)", rows)
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise self._in_the_way(error) from None
 
     def count(self) -> int:
         """How many generations are kept."""

@@ -317,7 +317,8 @@ class Shared:
             return self._fresh(now)
         state.touched = min(state.touched, now)
         state.closed_until = min(state.closed_until, now + MAX_WAIT_S)
-        state.slowed, state.halved, state.refused = (min(t, now) for t in (state.slowed, state.halved, state.refused))
+        for name in ("widened", "slowed", "halved", "refused"):
+            setattr(state, name, min(getattr(state, name), now))
         return state
 
     @contextmanager
@@ -444,12 +445,14 @@ class Limiter:
         """The provider says we are too fast, or that it is overloaded."""
         self._lease = None
         self._known = self.shared.refused(after_s, overloaded)
-        self._refused_since = max(self._refused_since or time.time(), self._known.refused)
+        now = time.time()  # a clock set back begins the wait anew, at most
+        self._refused_since = max(min(self._refused_since, now) or now, self._known.refused)
 
     def refused_for(self) -> float:
         """Seconds this process has been refused, and no process answered; 0 = not."""
-        since = self.shared.look().refused
-        return max(0.0, time.time() - max(since, self._refused_since)) if since and self._refused_since else 0.0
+        since, now = self.shared.look().refused, time.time()
+        self._refused_since = min(self._refused_since, now)
+        return max(0.0, now - max(since, self._refused_since)) if since and self._refused_since else 0.0
 
     def _wake(self) -> None:
         free = self.allowed - self.busy

@@ -68,7 +68,7 @@ def chunks_of(text: str) -> list[Chunk]:
             before.extend(bullet)
             bullet = []
 
-    lines = text.splitlines()
+    lines = re.split(r"\r\n?|\n", text)  # as an editor counts them: U+2028 and the like are text
     for number, line in enumerate(lines, 1):
         heading = re.match(r"#{1,6}\s+(.*)", line)
         if heading:

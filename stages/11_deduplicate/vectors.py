@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def write_unit_vectors(parquet: Path, keys: Sequence[str | None], file: Path) ->
 
     Raises:
         SettingsError: the parquet is missing, unreadable, or has other columns.
+        OSError: there is no room for the file.
     """
     import numpy as np
 
@@ -45,6 +47,7 @@ def write_unit_vectors(parquet: Path, keys: Sequence[str | None], file: Path) ->
         for key in keys
     ]
     out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(len(keys), dimensions))
+    _take_room(file, out.offset)
     for batch in _batches(table, parquet):
         for at, key in enumerate(batch.column("key").to_pylist()):
             rows = wanted.pop(key, [])
@@ -55,6 +58,17 @@ def write_unit_vectors(parquet: Path, keys: Sequence[str | None], file: Path) ->
                     problems[row] = problem
     out.flush()
     return dimensions, problems
+
+
+def _take_room(file: Path, offset: int) -> None:
+    """Have all of a new file's blocks: writing to a mapped page that no block is left for kills the process."""
+    with open(file, "r+b") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return
+        for start in range(stream.seek(offset), size, 1 << 20):  # macOS has none
+            stream.write(bytes(min(1 << 20, size - start)))
 
 
 def _batches(table: Any, parquet: Path) -> Iterator[Any]:
