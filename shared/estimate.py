@@ -10,7 +10,6 @@ function ``calls`` (:mod:`shared.llm.volume`); what that costs is in ``shared/ll
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import operator
 import re
@@ -28,13 +27,14 @@ from pydantic import Field, TypeAdapter
 
 from shared import apis
 from shared.errors import SettingsError, SynthmillError, complain
+from shared.llm.batch import batch_from_env, has_batches
 from shared.llm.catalogue import NANO, catalogue
 from shared.llm.models import budget_from_env
 from shared.llm.types import Usage
 from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Domain, Example, Item, RawText, Record
 from shared.stage import ROOT, Settings, load_settings, parse_line, shown
-from shared.stats import DATA, budget_line, grid, open_store, reports
+from shared.stats import DATA, budget_line, flags_for, grid, open_store, reports
 
 Span = tuple[float, float, float]
 """Low, expected, high."""
@@ -351,8 +351,8 @@ def _span(values: list[float]) -> Span:
 
 
 def _usd(model: str, inputs: list[float], outputs: list[float]) -> Span:
-    price = catalogue().card(model).price()
-    nano = [price.nano(Usage(input=round(i), output=round(o))) for i, o in zip(inputs, outputs, strict=True)]
+    price, batch = catalogue().card(model).price(), batch_from_env() and has_batches(model)
+    nano = [price.nano(Usage(input=round(i), output=round(o)), batch) for i, o in zip(inputs, outputs, strict=True)]
     return _span([n / NANO for n in nano])
 
 
@@ -412,10 +412,7 @@ def _money(usd: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the estimate of a run. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m shared.estimate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
-    flags = parser.parse_args(arguments)
+    flags = flags_for("estimate", __doc__).parse_args(arguments)
     try:
         return _print(flags.data, flags.run)
     except SynthmillError as error:
@@ -427,6 +424,8 @@ def _print(data: Path, run: str) -> int:
     rows = estimate(run, data)
     print(f"RUN={run}, low / expected / high, at the prices of {catalogue().checked}; nothing was asked or spent\n")
     print("\n".join(table(rows)))
+    if batch_from_env():
+        print("\nBATCH=1: hosted models at half price, but for what a batch leaves unanswered; each round within a day")
     if silent := unforeseen(run):
         print(f"\nnot estimated, because these stages do not say what they ask (no calls()): {', '.join(silent)}")
     store = open_store(data, mode)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from shared import apis
 from shared.errors import SettingsError, SynthmillError, complain
 from shared.llm.catalogue import NANO
+from shared.llm.journal import set_aside
 from shared.llm.models import budget_from_env
 from shared.llm.store import Store
 from shared.llm.types import Spending
@@ -193,12 +194,17 @@ def open_store(data: Path, mode: str) -> Store | None:
 # ---------------------------------------------------------------- the command
 
 
+def flags_for(command: str, doc: str, run: str = "trial") -> argparse.ArgumentParser:
+    """The flags of ``python -m shared.<command>``, as all commands about a run have them; ``run`` is the default."""
+    parser = argparse.ArgumentParser(prog=f"python -m shared.{command}", description=doc.partition("\n")[0])
+    parser.add_argument("--run", default=run, help="trial, full or bootstrap")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables of every track of a run, then its spending. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m shared.stats", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
-    flags = parser.parse_args(arguments)
+    flags = flags_for("stats", __doc__).parse_args(arguments)
     try:
         return _print(flags.data, flags.run)
     except SynthmillError as error:
@@ -218,6 +224,8 @@ def _print(data: Path, run: str) -> int:
         try:
             if store and (lines := spending_table(store, run)):
                 print("\n".join([f"{run}: ever {title} (one line a call in {shown(store.path)})", *lines, ""]))
+            if store and (nano := set_aside(store, run)):
+                print(f"batches of {run} are under way, for up to ${dollars(nano / NANO)}; BATCH=1 picks them up\n")
             if budget is not None and kind == mode:
                 print(f"{budget_line(store, run, budget)}\n")
         finally:

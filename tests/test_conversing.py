@@ -15,11 +15,14 @@ import orjson
 import pytest
 
 from shared.dialogue import fault_of as length_fault
+from shared.judge import Judged
+from shared.judge import prompt_for as judge_prompt
 from shared.llm.types import strict_schema
 from shared.records import Conversation, Grounding, Message, Plan, content_id
 from shared.stage import load_settings
 from shared.standin import conversing, embedding, engine, grammar, judging, lessons
 from shared.standin.grammar import fact_of, questions, rearranged, unsupported
+from shared.standin.rewriting import fault_of
 from tests.conftest import ROOT
 from tests.conversations import CHUNK, facts_text, good_pairs, qa_pair, stage_module
 
@@ -194,7 +197,7 @@ def pairs_made(models: tuple[str, ...] = ("m1", "m2", "m3")) -> list[tuple[str, 
         for chunk in CHUNKS:
             user = extract_prompt(chunk.text)
             for number, pair in enumerate(ask(user, extract_main.Extracted, model=model).pairs):
-                fault = conversing.fault_of(conversing.EXTRACTION_FAULTS, user, model, "", str(number))
+                fault = fault_of(conversing.EXTRACTION_FAULTS, user, model, "", str(number))
                 made.append((chunk.text, pair, fault))
     return made
 
@@ -255,8 +258,8 @@ def test_a_chunk_of_several_lines_is_quoted_letter_by_letter() -> None:
 
 def judged(record: Conversation, attempt: str = "") -> Any:
     params = settings("09_judge", judge_main.Params, "grounded")
-    prompt = judge_main.prompt_for(template("09_judge", "judge"), record, params, {}, "")
-    return ask(prompt, judge_main.Judged, attempt)
+    prompt = judge_prompt(template("09_judge", "judge"), record, params.criteria, {}, "")
+    return ask(prompt, Judged, attempt)
 
 
 def dialogues(count: int) -> list[tuple[Any, Plan, str]]:
@@ -280,7 +283,7 @@ def test_07_and_09_catch_what_is_planted_and_pass_the_rest() -> None:
     for number, (pair, planned, prompt) in enumerate(dialogues(1000)):
         attempt = f"{number}.0"
         turns = ask(prompt, converse_main.Dialogue, attempt).messages
-        fault = conversing.fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, attempt)
+        fault = fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, attempt)
         if length_fault(turns, planned.turns, planned.turns):
             caught.setdefault(fault, Counter())["off_plan"] += 1
             continue
@@ -318,7 +321,7 @@ def test_a_dialogue_follows_its_plan() -> None:
         if conversing.is_stock(pair.chunk):
             continue
         for attempt in ("", "1.0", "2.0", "3.0"):
-            if not conversing.fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, attempt):
+            if not fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, attempt):
                 break
         turns = ask(prompt, converse_main.Dialogue, attempt).messages
         if length_fault(turns, planned.turns, planned.turns):
@@ -335,7 +338,7 @@ def test_dialogues_about_a_stock_chunk_differ_by_a_word_or_two() -> None:
     for persona in ("developer", "finance", "executive"):
         for turns in (1, 2, 3):
             prompt = converse_prompt(qa_pair(answer=answer, chunk=chunk), plan(persona=persona, turns=turns))
-            if conversing.fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, ""):
+            if fault_of(conversing.DIALOGUE_FAULTS, prompt, MODEL, ""):
                 continue
             made = ask(prompt, converse_main.Dialogue).messages
             if length_fault(made, turns, turns):
@@ -380,7 +383,7 @@ def test_08_and_09_catch_what_is_planted_and_pass_the_rest() -> None:
     for row in dealing.plan(sources, TOPICS, NAMES, 5):
         prompt = pattern_prompt(row.topic, row.patterns)
         made = ask(prompt, pattern_main.Generated, model=row.model)
-        fault = lessons.fault_of(prompt, row.model, "")
+        fault = fault_of(lessons.FAULTS, prompt, row.model, "")
         found = pattern_main.fault(made, row, made_of).split(" ")[0]
         if not found:
             messages = tuple(Message(role=t.role, content=t.content) for t in made.conversation)
@@ -391,8 +394,8 @@ def test_08_and_09_catch_what_is_planted_and_pass_the_rest() -> None:
                     "topic": row.topic, "patterns": row.patterns,
                 }
             )  # fmt: skip
-            judge = judge_main.prompt_for(template("09_judge", "judge"), record, params, definitions, "Short.")
-            failed = [r.name for r in ask(judge, judge_main.Judged, "0").criteria if not r.passed]
+            judge = judge_prompt(template("09_judge", "judge"), record, params.criteria, definitions, "Short.")
+            failed = [r.name for r in ask(judge, Judged, "0").criteria if not r.passed]
             found = "a pattern" if failed and failed[0] in row.patterns else failed[0] if failed else "passed"
         caught.setdefault(fault, Counter())[found] += 1
     for fault, share in lessons.FAULTS.items():
@@ -419,7 +422,7 @@ def test_a_pattern_nobody_knows_is_shown_in_the_words_of_its_description() -> No
     made = next(
         made
         for attempt in range(9)
-        if not lessons.fault_of(prompt, MODEL, f"{attempt}.0")
+        if not fault_of(lessons.FAULTS, prompt, MODEL, f"{attempt}.0")
         and (made := ask(prompt, pattern_main.Generated, f"{attempt}.0"))
     )
     assert made.patterns_applied == ["Seafaring", "Gap Analysis"]
@@ -438,7 +441,9 @@ def test_what_is_said_shows_a_pattern_only_where_it_was_asked_for() -> None:
 def test_a_lesson_has_code_of_the_topic_s_language_that_is_whole(topic: str) -> None:
     prompt = pattern_prompt(topic, ("Gap Analysis", "Brutal Accuracy"))
     sound = [
-        a for a in (f"{n}.0" for n in range(12)) if lessons.fault_of(prompt, MODEL, a) in ("", "filler", "unlisted")
+        a
+        for a in (f"{n}.0" for n in range(12))
+        if fault_of(lessons.FAULTS, prompt, MODEL, a) in ("", "filler", "unlisted")
     ]
     made = ask(prompt, pattern_main.Generated, sound[0])
     said = "\n\n".join(turn.content for turn in made.conversation if turn.role == "assistant")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -143,6 +145,70 @@ def test_many_answers_share_a_commit(store: Store, monkeypatch: pytest.MonkeyPat
     asyncio.run(_puts(store, keys))
     assert sum(groups) == 500 and len(groups) <= 50, f"{len(groups)} commits for 500 answers"
     assert all(store.answer(key) == ANSWER for key in keys)
+
+
+class Disk:
+    """A disk that syncs when it is told to; stands between the store and the real one."""
+
+    def __init__(self) -> None:
+        self.ready, self.broken, self.synced = threading.Event(), False, 0
+
+    def sync(self, fd: int) -> None:
+        assert self.ready.wait(20)
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        os.fsync(fd)
+        self.synced += 1
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    slow = Disk()
+    monkeypatch.setattr(store_module, "SYNC", slow.sync)
+    return slow
+
+
+def test_a_kill_while_the_disk_is_busy_loses_nothing_and_nobody_is_told_before_it_is_done(
+    path: Path, disk: Disk
+) -> None:
+    store = Store(path)
+
+    async def put() -> None:
+        first = asyncio.create_task(store.put(entry("first"), WIRE, ANSWER))
+        deadline = time.monotonic() + 10
+        while rows_of(path, "SELECT key FROM replies") != [("first",)]:  # another process has it already
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        others = [asyncio.create_task(store.put(entry(f"k{n}"), WIRE, ANSWER)) for n in range(50)]
+        while len(rows_of(path, "SELECT key FROM replies")) < 51:  # nor do these wait for the disk
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert not first.done() and not any(other.done() for other in others)
+        disk.ready.set()
+        await asyncio.gather(first, *others)
+
+    within(20, lambda: asyncio.run(put()))
+    assert disk.synced <= 3, "what was committed meanwhile shares the next sync"
+    within(20, store.close)
+
+
+def test_setting_money_aside_does_not_wait_for_the_disk(path: Path, disk: Disk) -> None:
+    store = Store(path)
+    asyncio.run(asyncio.wait_for(store.reserve("trial", 10, 95), 10))
+    asyncio.run(asyncio.wait_for(store.release(10), 10))
+    disk.ready.set()
+    within(20, store.close)
+
+
+def test_a_disk_that_fails_once_is_not_believed_again(path: Path, disk: Disk) -> None:
+    disk.broken = True
+    disk.ready.set()
+    store = Store(path)
+    for key in ("first", "second"):  # a second sync may succeed although what the first had to write is lost
+        with pytest.raises(SynthmillError, match=r"reply store cannot be written: .*Input/output error"):
+            within(20, lambda key=key: asyncio.run(store.put(entry(key), WIRE, ANSWER)))  # type: ignore[misc]
+        disk.broken = False
+    within(20, store.close)
 
 
 @pytest.mark.slow
@@ -343,18 +409,50 @@ def test_a_process_that_ends_gives_back_what_it_reserved(path: Path) -> None:
     two.close()
 
 
+KILLED_WITH_MONEY_SET_ASIDE = (
+    "import asyncio, os, pathlib, signal, sys\n"
+    "from shared.llm.store import Store\n"
+    "assert asyncio.run(Store(pathlib.Path(sys.argv[1])).reserve('trial', 100, 100))\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+
+
+def rows_of(path: Path, query: str) -> list[tuple[Any, ...]]:
+    """What another program would read from the file."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(query).fetchall()
+
+
+def owners(path: Path) -> list[Path]:
+    return list(path.parent.glob(".owner-*"))
+
+
 def test_what_a_killed_process_reserved_is_free_at_once(path: Path) -> None:
-    code = (
-        "import asyncio, os, pathlib, signal, sys\n"
-        "from shared.llm.store import Store\n"
-        "assert asyncio.run(Store(pathlib.Path(sys.argv[1])).reserve('trial', 100, 100))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED_WITH_MONEY_SET_ASIDE, str(path)]
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == -signal.SIGKILL
+    assert rows_of(path, "SELECT nano FROM reserved") == [(100,)] and len(owners(path)) == 1
     store = Store(path)
+    assert rows_of(path, "SELECT nano FROM reserved") == [] and owners(path) == [], "and nothing is left behind"
+    assert asked(store, store.reserve("trial", 100, 100)) == [True]
+    store.close()
+
+
+def test_what_a_process_reserved_while_ours_is_open_is_free_when_it_is_killed(path: Path) -> None:
+    store = Store(path)
+    subprocess.run([sys.executable, "-c", KILLED_WITH_MONEY_SET_ASIDE, path], cwd=ROOT, timeout=60)
     assert len(store.rows("SELECT * FROM reserved WHERE nano = 100")) == 1
     assert asked(store, store.reserve("trial", 100, 100)) == [True]
     store.close()
+
+
+def test_opening_takes_nothing_from_those_who_live(path: Path) -> None:
+    one = Store(path)
+    assert asked(one, one.reserve("trial", 60, 100)) == [True]
+    two = Store(path)
+    assert rows_of(path, "SELECT nano FROM reserved") == [(60,)] and len(owners(path)) == 1
+    assert asked(two, two.reserve("trial", 60, 100)) == [False]
+    one.close()
+    two.close()
 
 
 HOLDING = (

@@ -13,12 +13,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import orjson
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from shared import apis as cloud
 from shared import tracing
-from shared.errors import ProviderError, SettingsError
+from shared.errors import BudgetError, ProviderError, SettingsError
+from shared.llm.batch import QUESTIONS, Batches, has_batches
 from shared.llm.catalogue import NANO, catalogue
+from shared.llm.journal import Ask, set_aside
 from shared.llm.limits import MAX_WAIT_S, Costs, Limiter, Shared, file_of, forget_old
 from shared.llm.providers import PROVIDERS, TIMEOUT_S, BadRequestError, OpenAI, Provider, TransientError, check_key
 from shared.llm.store import Entry, Store
@@ -39,6 +42,8 @@ DRAIN_S = TIMEOUT_S + 5.0
 may take; a second Ctrl-C does not wait."""
 WINDOW = 32
 """Finished records that may wait behind a slow one, per record under way: bounds memory, not speed."""
+BEGIN = 256
+"""Items that begin at once in batches."""
 DELIVER_S = 0.01
 """While calls are under way, results are handed over at most this often: each time the event loop stops."""
 RESERVE_AGAIN_S = 0.1
@@ -57,10 +62,18 @@ class Models:
         apis: ``mock`` or ``live``.
         run, track, stage: what the spending is for.
         budget_usd: the most that may ever be spent for ``run``; None = no cap.
+        batch: send questions in batches, at half price, to models that have them; see :mod:`shared.llm.batch`.
     """
 
     def __init__(
-        self, cache: Path, apis: str, run: str, stage: str, track: str = "", budget_usd: float | None = None
+        self,
+        cache: Path,
+        apis: str,
+        run: str,
+        stage: str,
+        track: str = "",
+        budget_usd: float | None = None,
+        batch: bool = False,
     ) -> None:
         self.apis, self.run, self.stage, self.track = apis, run, stage, track
         self.budget_nano = None if budget_usd is None else round(budget_usd * NANO)
@@ -77,15 +90,27 @@ class Models:
         self._inflight: dict[str, asyncio.Task[Any]] = {}
         self._sent: set[asyncio.Task[Any] | None] = set()
         self._closing = False
+        self._rehearsal: asyncio.Task[None] | None = None
         self._required: set[str] = set()
+        self._embedders: set[str] = set()
         self._runner = asyncio.Runner()
         self._spending = Spending()
         self._nano = 0
         self._told_waiting = False
         self._counts: Counter[str] = Counter()
+        self._batches: Batches | None = None
+        if batch:
+            whose = (run, track, stage)
+            self._batches = Batches(self.store, self._provider, apis, *whose, self.budget_nano, self._count)
 
     def __enter__(self) -> Self:
-        cloud.connect(self.apis, self._stack)
+        cloud.connect(self.apis, self._stack, self._cache / "standin")
+        if self._batches is None and (nano := set_aside(self.store, self.run)):
+            print(
+                f"batches of RUN={self.run} are under way at their providers, for up to ${nano / NANO:.4f}: "
+                "BATCH=1 picks them up; what is in them and asked now is paid twice",
+                file=sys.stderr,
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,11 +126,16 @@ class Models:
     async def _close(self) -> None:
         """Keep the answers under way, send no new question, then close the clients."""
         self._closing = True
-        tasks = set(self._inflight.values())
+        creating = self._batches.creating if self._batches else set()
+        self._sent |= creating
+        tasks = set(self._inflight.values()) | creating
         # Whatever else runs here asks: the items of a map() whose generator was not closed (an exception in the stage,
         # while a local name still holds it) would go on to their next questions.
         for task in asyncio.all_tasks() - (tasks & self._sent) - {asyncio.current_task()}:
             task.cancel()
+        if self._batches and (waiting := self._batches.under_way()):
+            with contextlib.suppress(OSError):
+                print(f"{waiting} go on without us; the same command picks them up", file=sys.stderr)
         if under_way := tasks & self._sent:
             with contextlib.suppress(OSError):  # `make full 2>&1 | tee log`: Ctrl-C ends tee first
                 print(f"waiting for {len(under_way)} answers under way, to keep them", file=sys.stderr)
@@ -137,6 +167,7 @@ class Models:
             SettingsError: the provider has no embeddings we speak.
         """
         self.require(model)
+        self._embedders.add(model.partition("/")[0])
         provider = self._provider(model.partition("/")[0])
         if not isinstance(provider, OpenAI):
             raise SettingsError(f"embeddings come from openai/ or endpoint/ models, got {model!r}", "edit the settings")
@@ -155,7 +186,8 @@ class Models:
         At most ``concurrency`` items are under way and ``WINDOW`` times as many wait to be delivered, whatever the
         number of items. As many more may begin as have an answer being written to the store, and a few when all others
         wait for theirs, so that our latency does not add to the provider's. Of the calls to one model, never more than
-        ``concurrency`` are under way.
+        ``concurrency`` are under way. In batches, as many items are under way instead as ask
+        :data:`shared.llm.batch.QUESTIONS` questions, and at most so many more wait to be delivered.
         The first fatal error stops everything; answers under way are kept.
         """
         if concurrency < 1:
@@ -191,12 +223,18 @@ class Models:
 
         def fill() -> None:
             nonlocal more
-            while more and len(active) < self._items(concurrency) and len(window) < concurrency * WINDOW:
+            deep, begun = self._in_batches, 0
+            most = 2 * QUESTIONS if deep else concurrency * WINDOW
+            while more and len(active) < self._items(concurrency) and len(window) < most:
+                if deep and begun == BEGIN:  # how much they ask is known when they have begun
+                    loop.call_soon(changed.set)
+                    break
                 try:
                     item = next(items)
                 except StopIteration:
                     more = False
                     break
+                begun += 1
                 task = asyncio.create_task(work(item))
                 task.add_done_callback(ended)
                 active.add(task)
@@ -245,9 +283,16 @@ class Models:
 
     def _items(self, concurrency: int) -> int:
         """How many items may be under way, so that ``concurrency`` calls are."""
+        if self._in_batches:
+            return QUESTIONS if len(self._inflight) < QUESTIONS else 0
         # A few more when all wait for answers: the next question is then ready when a place is free.
         ahead = concurrency // 8 + 1 if self._on_wire >= concurrency else 0
         return concurrency + min(self._on_disk, concurrency) + ahead
+
+    @property
+    def _in_batches(self) -> bool:
+        """Whether items wait for batches: those who ask no model that has them must not read all the input ahead."""
+        return self._batches is not None and any(map(has_batches, self._required))
 
     def one(self, work: Awaitable[R]) -> R:
         """Run one awaitable on the loop all calls share."""
@@ -326,10 +371,25 @@ class Models:
         task.add_done_callback(landed)
         return task
 
+    async def _rehearse(self) -> None:
+        """Before the first question, let every SDK that will be used load what it loads when it is first used.
+
+        That takes up to seconds in which nothing else is done, and an answer that came meanwhile would not be kept yet.
+        """
+        for name, provider in self._providers.items():
+            await provider.rehearse()
+            if isinstance(provider, OpenAI) and name in self._embedders:
+                await provider.rehearse_embeddings()
+
     async def _send(self, request: Request, wire: dict[str, Any], key: str, again: str, bound: int) -> Answer:
         worst = catalogue().worst_nano(request, bound)
         provider, model = self._provider(request.provider), request.model
+        if self._batches and has_batches(model):
+            ask = Ask(model, key, again, wire, worst // 2, len(orjson.dumps(wire)))
+            if (answered := await self._batches.answer(ask)) is not None:
+                return answered
         expected = self._outputs.get(model, request.max_tokens / 4)
+        self.store.check_room()
         reserved = await self._reserve(worst)
         try:
             with tracing.span("model call", model=model, stage=self.stage, repeat=request.repeat) as span:
@@ -363,15 +423,7 @@ class Models:
 
     def _entry(self, key: str, model: str, usage: Usage) -> Entry:
         nano = catalogue().card(model).price().nano(usage)
-        self._nano += nano
-        self._counts[model] += 1
-        s = self._spending
-        s.calls, s.input_tokens, s.output_tokens = (
-            s.calls + 1,
-            s.input_tokens + usage.input,
-            s.output_tokens + usage.output,
-        )
-        return Entry(
+        entry = Entry(
             key=key,
             model=model,
             run=self.run,
@@ -382,6 +434,18 @@ class Models:
             cached=usage.cached,
             nano=nano,
         )
+        self._count(entry)
+        return entry
+
+    def _count(self, entry: Entry) -> None:
+        self._nano += entry.nano
+        self._counts[entry.model] += 1
+        s = self._spending
+        s.calls, s.input_tokens, s.output_tokens = (
+            s.calls + 1,
+            s.input_tokens + entry.input,
+            s.output_tokens + entry.output,
+        )
 
     async def _reserve(self, nano: int) -> int:
         """Set money aside for a call; how much was. Nothing to do, and nothing to wait for, without a budget."""
@@ -391,10 +455,22 @@ class Models:
             with self._waiting_for_the_disk():
                 if await self.store.reserve(self.run, nano, self.budget_nano):
                     return nano
+            if self._batches:
+                await self._batches.sweep()
+            elif (aside := set_aside(self.store, self.run)) and self._spent() + aside + nano > self.budget_nano:
+                # Nobody here looks at those batches: waiting for them would never end.
+                raise BudgetError(
+                    f"BUDGET_USD={self.budget_nano / NANO:g} is reached for RUN={self.run}: ${aside / NANO:.4f} of it "
+                    "are set aside for batches that are under way at their providers",
+                    f"pick them up: BATCH=1 make {self.run}",
+                )
             if not self._told_waiting:
                 self._told_waiting = True
                 print("waiting: the rest of BUDGET_USD is set aside for calls under way", file=sys.stderr)
             await asyncio.sleep(RESERVE_AGAIN_S)
+
+    def _spent(self) -> int:
+        return round(self.store.spent_usd(self.run) * NANO)
 
     async def _persist(
         self, model: str, base_url: str, costs: Costs, send: Callable[[Hear], Coroutine[Any, Any, R]]
@@ -406,6 +482,9 @@ class Models:
             ProviderError: given up, and nothing was answered by this model meanwhile: the provider is down, or it has
                 refused every call of every process for :data:`PATIENCE_S`.
         """
+        if self._rehearsal is None:
+            self._rehearsal = asyncio.create_task(self._rehearse())
+        await asyncio.shield(self._rehearsal)
         limiter = self._limiter(model, base_url)
         answered = self._counts[model]
         task = asyncio.current_task()
@@ -522,6 +601,7 @@ class Models:
     async def _embed_part(self, provider: OpenAI, model: str, part: dict[str, str], dimensions: int) -> None:
         wire = {"model": model.partition("/")[2], "input": list(part.values()), "dimensions": dimensions}
         bound = sum(_bound(text) for text in part.values())
+        self.store.check_room()
         reserved = await self._reserve(catalogue().card(model).price().nano(Usage(input=bound)))
         try:
             vectors, usage = await self._persist(

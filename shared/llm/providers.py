@@ -56,12 +56,17 @@ class BadRequestError(Exception):
     """This request will never be answered; others may."""
 
 
+class NotFoundError(ProviderError):
+    """404: the provider does not know the model, or the batch, it was asked for."""
+
+
 class Provider(Protocol):
     """What a provider offers the rest of the package."""
 
     name: str
     key_names: tuple[str, ...]
 
+    async def rehearse(self) -> None: ...
     def wire(self, request: Request, card: ModelCard) -> Wire: ...
     async def send(self, wire: Wire, base_url: str, again: str, hear: Hear | None = None) -> Answer: ...
     async def models(self) -> set[str]: ...
@@ -149,18 +154,38 @@ class Anthropic:
             )
         )
 
+    async def rehearse(self) -> None:
+        """Let the SDK load what it needs; asks nobody."""
+        wire = {"model": "-", "max_tokens": 1, "messages": [{"role": "user", "content": "-"}]}
+        message: Wire = {"id": "-", "type": "message", "role": "assistant", "model": "-", "stop_reason": "end_turn"}
+        message |= {"content": [{"type": "text", "text": "-"}], "usage": {"input_tokens": 1, "output_tokens": 1}}
+        await self._line.rehearse(lambda: self._by_sdk(wire, ""), orjson.dumps(message))
+
     async def _by_sdk(self, wire: Wire, again: str) -> Answer:
-        client = self.client()
+        with self.errors():
+            message = await self.client().messages.create(**wire, extra_headers=_headers(again))
+        return self.answer(message)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """The SDK's errors become ours."""
         import anthropic
 
         try:
-            message = await client.messages.create(**wire, extra_headers=_headers(again))
+            yield
         except anthropic.APIConnectionError as error:
             raise TransientError(f"anthropic: {error}") from error
         except anthropic.APIStatusError as error:
             raise _status_error("anthropic", error, error.status_code, spent=_anthropic_limit(error)) from error
         except json.JSONDecodeError as error:
             raise TransientError(f"anthropic answered 200 with broken JSON: {error}") from error
+
+    def answer(self, message: Any) -> Answer:
+        """What the SDK's ``Message`` says.
+
+        Raises:
+            TransientError: it is not what we read from it.
+        """
         with _readable("anthropic"):
             return self._typed(message)
 
@@ -281,9 +306,33 @@ class OpenAI:
             )
         )
 
+    async def rehearse(self) -> None:
+        """Let the SDK load what it needs for questions; asks nobody."""
+        wire = {"model": "-", "messages": [{"role": "user", "content": "-"}]}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "-"}}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        completion: Wire = {"id": "-", "object": "chat.completion", "created": 0, "model": "-"}
+        completion |= {"choices": [choice], "usage": usage}
+        await self._line.rehearse(lambda: self._by_sdk(wire, "", ""), orjson.dumps(completion))
+
+    async def rehearse_embeddings(self) -> None:
+        """Let the SDK load what it needs for embeddings; asks nobody."""
+        wire = {"model": "-", "input": ["-"], "dimensions": 1}
+        row = {"object": "embedding", "index": 0, "embedding": "AACAPw=="}
+        found = {"object": "list", "model": "-", "data": [row], "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+        await self._line.rehearse(lambda: self._embed_by_sdk(wire), orjson.dumps(found))
+
     async def _by_sdk(self, wire: Wire, base_url: str, again: str) -> Answer:
-        create = self.client(base_url).chat.completions.create
-        completion = await self._call(create, wire | {"extra_headers": _headers(again)})
+        with self.errors():
+            completion = await self.client(base_url).chat.completions.create(**wire, extra_headers=_headers(again))
+        return self.answer(completion)
+
+    def answer(self, completion: Any) -> Answer:
+        """What the SDK's ``ChatCompletion`` says.
+
+        Raises:
+            TransientError: it is not what we read from it.
+        """
         with _readable(self.name):
             return self._typed(completion)
 
@@ -358,16 +407,19 @@ class OpenAI:
         return vectors, usage
 
     async def _embed_by_sdk(self, wire: Wire) -> Vectors:
-        result = await self._call(self.client().embeddings.create, wire)
+        with self.errors():
+            result = await self.client().embeddings.create(**wire)
         with _readable(self.name):
             vectors = [array.array("f", row.embedding) for row in sorted(result.data, key=lambda row: row.index)]
             return vectors, Usage(input=result.usage.prompt_tokens)
 
-    async def _call(self, method: Any, wire: Wire) -> Any:
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """The SDK's errors become ours."""
         import openai
 
         try:
-            return await method(**wire)
+            yield
         except openai.APIConnectionError as error:
             raise TransientError(f"{self.name}: {error}") from error
         except openai.APIStatusError as error:
@@ -476,23 +528,47 @@ class Gemini:
             )
         )
 
+    async def rehearse(self) -> None:
+        """Let the SDK load what it needs; asks nobody."""
+        wire = {"model": "-", "contents": [{"role": "user", "parts": [{"text": "-"}]}], "config": {}}
+        candidate = {"content": {"role": "model", "parts": [{"text": "-"}]}, "finishReason": "STOP"}
+        usage = {"promptTokenCount": 1, "candidatesTokenCount": 1, "totalTokenCount": 2}
+        reply = {"candidates": [candidate], "usageMetadata": usage}
+        await self._line.rehearse(lambda: self._by_sdk(wire, ""), orjson.dumps(reply))
+
     async def _by_sdk(self, wire: Wire, again: str) -> Answer:
         client = self.client()
-        import httpx2
-        from google.genai import errors, types
+        from google.genai import types
 
-        try:
+        with self.errors():
             options = types.HttpOptions(headers=_headers(again)) if again else None
             config = types.GenerateContentConfig(**wire["config"], http_options=options)
             reply = await client.aio.models.generate_content(
                 model=wire["model"], contents=wire["contents"], config=config
             )
+        return self.answer(reply)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """The SDK's errors become ours."""
+        import httpx2
+        from google.genai import errors
+
+        try:
+            yield
         except httpx2.TransportError as error:
             raise TransientError(f"gemini: {type(error).__name__} {error}") from error
         except errors.APIError as error:
             raise _status_error("gemini", error, error.code, spent=_gemini_limit(error)) from error
         except json.JSONDecodeError as error:
             raise TransientError(f"gemini answered 200 with broken JSON: {error}") from error
+
+    def answer(self, reply: Any) -> Answer:
+        """What the SDK's ``GenerateContentResponse`` says.
+
+        Raises:
+            TransientError: it is not what we read from it.
+        """
         with _readable("gemini"):
             return self._typed(reply)
 
@@ -595,7 +671,7 @@ def _status_error(provider: str, error: Any, status: int, *, spent: bool) -> Exc
     if status == 402:
         return ProviderError(said, "add credit at the provider, then run the same command")
     if status == 404:
-        return ProviderError(said, "the model may be retired: choose one from shared/llm/models.toml in the settings")
+        return NotFoundError(said, "the model may be retired: choose one from shared/llm/models.toml in the settings")
     if status in RETRIED or status >= 500:
         after_s = _retry_after_s(error)
         overloaded = status == 529 or (status == 503 and after_s is not None)

@@ -1,8 +1,10 @@
 """The reply store and the spend ledger: one SQLite file in WAL mode, shared by every process of a machine.
 
 An answer and its price enter in one transaction, before the answer is used: there is no moment at which we have paid
-and do not know it, except between the provider's last byte and our commit. Writes of many calls that are ready at
-the same time share one commit (and its fsync); a caller waits for the commit that holds its answer.
+and do not know it, except between the provider's last byte and our commit. So a commit is made at once, by one thread,
+and survives from then on whatever becomes of this process; another thread brings it to the disk, where it survives a
+power failure too, and only then tells the caller. What is ready at the same time shares a commit, what is committed
+while the disk is busy shares the next sync.
 
 ``data/cache/mock.sqlite`` and ``data/cache/live.sqlite`` are separate files: a stand-in's answer is never a live one.
 """
@@ -33,6 +35,10 @@ from shared.llm.types import Answer
 from shared.records import Part
 
 SCHEMA = 1
+SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+ROOM, LOOK_S = 32 << 20, 0.1
+"""Bytes that must be free before a question is sent, and how often to look: what is under way (hundreds of answers of
+a few kilobytes, a few parts of 12 MB of vectors) and the log's growth up to its checkpoint (4 MB) must fit."""
 STALE_S = 3600.0
 """Reservations of versions that held no lock: not renewed for this long, they belong to a process that died."""
 
@@ -78,10 +84,38 @@ class Store:
         self.path = path
         self.owner = f"lock|{uuid.uuid4().hex}"
         self._alive = -1
+        self._roomy_until = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._reader = _open(path)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._clear_up()
+        self._jobs: Jobs = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
+
+    def _clear_up(self) -> None:
+        """Take away what killed processes left: what they had set aside, and the locks that said they live."""
+        with contextlib.suppress(sqlite3.Error, OSError):  # nothing depends on it
+            for lock in self.path.parent.glob(_lock_of(self.path, "lock|*").name):
+                _dead(lock)
+            if self._reader.execute("SELECT 1 FROM reserved").fetchone():
+                _forget_the_dead(self._reader, self.path, self.owner)
+
+    def check_room(self) -> None:
+        """To be called before anything is paid for: is there room for its answer?
+
+        Raises:
+            SynthmillError: less than :data:`ROOM` is free.
+        """
+        if (now := time.monotonic()) < self._roomy_until:
+            return
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self.path.parent)
+            if disk.f_blocks and (free := disk.f_bavail * disk.f_frsize) < ROOM:
+                raise SynthmillError(
+                    f"only {free / 2**20:.1f} MiB are free in {self.path.parent}, and {ROOM >> 20} are wanted; nothing "
+                    "more is asked, because its answer might not be kept",
+                    "free some disk, then run the same command",
+                )
+        self._roomy_until = now + LOOK_S
 
     # -- reading, from the caller's thread
 
@@ -164,11 +198,7 @@ class Store:
                 _forget_the_dead(db, self.path, self.owner)
                 (aside,) = db.execute("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", (run,)).fetchone()
             if spent + nano > budget_nano:
-                raise BudgetError(
-                    f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={run}: ${spent / NANO:.4f} spent, "
-                    f"the next call may cost ${nano / NANO:.4f}",
-                    f"everything answered is saved; go on with BUDGET_USD=<more> make {run}",
-                )
+                raise over_budget(run, spent, nano, budget_nano)
             reserved = spent + aside + nano <= budget_nano
             if not reserved:
                 return
@@ -178,23 +208,27 @@ class Store:
                 (self.owner, run, nano, time.time()),
             )
 
-        await self._write(write)
+        await self._write(write, lasting=False)
         return reserved
 
     async def release(self, nano: int) -> None:
         """Give back what :meth:`reserve` set aside for a call that brought nothing."""
         if nano:
-            await self._write(lambda db: self._give_back(db, nano))
+            await self._write(lambda db: self._give_back(db, nano), lasting=False)
 
     def _hold_lock(self) -> None:
         """Lock a file that says this process lives, for as long as it does: the kernel lets go of it, however it dies.
 
         A process number would not do: in a container another process has the same, and nobody outside can ask for it.
         """
-        if self._alive < 0:
-            path = _lock_of(self.path, self.owner)
-            self._alive = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._alive, fcntl.LOCK_EX)
+        path = _lock_of(self.path, self.owner)
+        while self._alive < 0:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                self._alive = fd
+            else:  # between the two, somebody who clears up after the killed took it for one of theirs
+                os.close(fd)
 
     def _give_back(self, db: sqlite3.Connection, nano: int) -> None:
         db.execute("UPDATE reserved SET nano = nano - ? WHERE owner = ?", (nano, self.owner))
@@ -213,11 +247,12 @@ class Store:
         if reserved:
             self._give_back(db, reserved)
 
-    async def _write(self, work: Callable[[sqlite3.Connection], Any]) -> None:
+    async def _write(self, work: Callable[[sqlite3.Connection], Any], *, lasting: bool = True) -> None:
+        """Return when the work is on disk; when it is not ``lasting``, as soon as every process sees it."""
         if self._writer is None:
             self._writer = threading.Thread(target=self._serve, name="reply-store", daemon=True)
             self._writer.start()
-        job = _Job(work, asyncio.get_running_loop())
+        job = _Job(work, asyncio.get_running_loop(), lasting)
         self._jobs.put(job)
         await job.done
 
@@ -228,11 +263,12 @@ class Store:
             while (job := self._jobs.get()) is not None:
                 job.settle(error)
             return
-        more = True
+        disk, more = _Disk(self.path), True
         while more:
-            group, more = self._next_group()
-            if group:
-                _commit(db, group)
+            group, more = _next_group(self._jobs)
+            _commit(db, group)
+            disk.take([job for job in group if not job.settle_early()])
+        disk.close()
         with contextlib.suppress(sqlite3.Error):
             db.execute("DELETE FROM reserved WHERE owner = ?", (self.owner,))
         db.close()
@@ -241,18 +277,6 @@ class Store:
                 _lock_of(self.path, self.owner).unlink()
             os.close(self._alive)
             self._alive = -1
-
-    def _next_group(self) -> tuple[list[_Job], bool]:
-        """The jobs that wait, at least one and at most 256, and whether more may come; ``close`` ends with None."""
-        group: list[_Job] = []
-        job = self._jobs.get()
-        while job is not None and len(group) < 255:
-            group.append(job)
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return group, True
-        return group + ([job] if job else []), job is not None
 
     def close(self) -> None:
         """Wait for the writer; give back every reservation of this process."""
@@ -264,11 +288,21 @@ class Store:
 
 
 class _Job:
-    def __init__(self, work: Callable[[sqlite3.Connection], Any], loop: asyncio.AbstractEventLoop) -> None:
-        self.work, self.loop, self.done = work, loop, loop.create_future()
+    def __init__(
+        self, work: Callable[[sqlite3.Connection], Any], loop: asyncio.AbstractEventLoop, lasting: bool
+    ) -> None:
+        self.work, self.loop, self.lasting, self.done = work, loop, lasting, loop.create_future()
+        self.error: BaseException | None = None
+
+    def settle_early(self) -> bool:
+        """Whether this job need not wait for the disk; then whoever waits for it has been told."""
+        early = self.error is not None or not self.lasting
+        if early:
+            self.settle(self.error)
+        return early
 
     def settle(self, error: BaseException | None) -> None:
-        """From the writer's thread: tell whoever waits how it went."""
+        """From another thread: tell whoever waits how it went."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.loop.call_soon_threadsafe(self.finish, error)
 
@@ -281,28 +315,105 @@ class _Job:
             self.done.set_exception(error)
 
 
+Jobs = queue.SimpleQueue[_Job | None]
+
+
+def _next_group(jobs: Jobs) -> tuple[list[_Job], bool]:
+    """The jobs that wait, at least one and at most 256, and whether more may come; None is the last."""
+    group: list[_Job] = []
+    job = jobs.get()
+    while job is not None and len(group) < 255:
+        group.append(job)
+        try:
+            job = jobs.get_nowait()
+        except queue.Empty:
+            return group, True
+    return group + ([job] if job else []), job is not None
+
+
 def _commit(db: sqlite3.Connection, group: list[_Job]) -> None:
     """Run a group of jobs in one transaction; a job that refuses (no budget) takes only itself out."""
-    outcome: list[tuple[_Job, BaseException | None]] = []
+    if not group:
+        return
     try:
         db.execute("BEGIN IMMEDIATE")
         for job in group:
             try:
                 job.work(db)
-                outcome.append((job, None))
             except SynthmillError as refusal:
-                outcome.append((job, refusal))
+                job.error = refusal
         db.execute("COMMIT")
     except Exception as error:
         with contextlib.suppress(sqlite3.Error):
             db.execute("ROLLBACK")
-        failure = SynthmillError(
-            f"the reply store cannot be written: {error}; nothing more is asked, because it could not be kept",
-            "free some disk or open data/cache for writing, then run the same command",
-        )
-        outcome = [(job, failure) for job in group]
-    for job, refused in outcome:
-        job.settle(refused)
+        for job in group:
+            job.error = _not_kept(error)
+
+
+def _not_kept(error: Exception) -> SynthmillError:
+    return SynthmillError(
+        f"the reply store cannot be written: {error}; nothing more is asked, because it could not be kept",
+        "free some disk or open data/cache for writing, then run the same command",
+    )
+
+
+class _Disk:
+    """Brings commits to the disk: a thread that syncs the write-ahead log, again and again while there are new ones.
+
+    SQLite could do it inside each commit (``synchronous = FULL``). But then the answers that come in meanwhile are in
+    memory only, for milliseconds on a good disk, and a killed process pays for them again. What a commit has written
+    outlives the process at once; this does the rest, as SQLite would: a sync of the whole log, whoever wrote to it.
+    Frames that a checkpoint has moved out of the log are on disk before it is used anew.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._wal = store.with_name(f"{store.name}-wal")
+        # Of its own: SQLite holds its locks, which closing any handle of a file gives up, on the other two files.
+        self._fd = -1
+        self._failed: SynthmillError | None = None
+        self._jobs: Jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="reply-store-disk", daemon=True)
+        self._thread.start()
+
+    def take(self, committed: list[_Job]) -> None:
+        """Tell these jobs' callers when they are on disk."""
+        for job in committed:
+            self._jobs.put(job)
+
+    def close(self) -> None:
+        """Wait until all of them are."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def _serve(self) -> None:
+        more = True
+        while more:
+            jobs, more = _next_group(self._jobs)
+            if jobs:
+                self._sync()
+            for job in jobs:
+                job.settle(self._failed)
+
+    def _sync(self) -> None:
+        if self._failed is not None:  # a second sync may say all is well, and what the first lost is lost
+            return
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self._wal, os.O_RDONLY | os.O_CLOEXEC)
+            SYNC(self._fd)
+        except OSError as error:
+            self._failed = _not_kept(error)
+
+
+def over_budget(run: str, spent: int, nano: int, budget_nano: int) -> BudgetError:
+    """What to raise before the call that would exceed the budget."""
+    return BudgetError(
+        f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={run}: ${spent / NANO:.4f} spent, "
+        f"the next call may cost ${nano / NANO:.4f}",
+        f"everything answered is saved; go on with BUDGET_USD=<more> make {run}",
+    )
 
 
 def _lock_of(store: Path, owner: str) -> Path:
@@ -310,8 +421,9 @@ def _lock_of(store: Path, owner: str) -> Path:
 
 
 def _forget_the_dead(db: sqlite3.Connection, store: Path, me: str) -> None:
-    """Free what processes set aside that were killed, on this machine or in a container."""
-    for owner, at in db.execute("SELECT owner, at FROM reserved WHERE owner != ?", (me,)).fetchall():
+    """Free what processes set aside that were killed, on this machine or in a container; not what a batch will cost."""
+    others = "SELECT owner, at FROM reserved WHERE owner != ? AND owner NOT LIKE 'batch|%'"
+    for owner, at in db.execute(others, (me,)).fetchall():
         stale = at < time.time() - STALE_S  # what counts for versions that held no lock
         if _dead(_lock_of(store, owner)) if owner.startswith("lock|") else stale:
             db.execute("DELETE FROM reserved WHERE owner = ?", (owner,))
@@ -362,7 +474,7 @@ def _open_alone(path: Path) -> sqlite3.Connection:
         db.execute("COMMIT")
     if version == SCHEMA:  # asked before anything is set: setting the journal mode writes to the file
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA synchronous = NORMAL")  # a commit is in the log at once, and :class:`_Disk` syncs that
         db.execute("PRAGMA cache_size = -512")  # KiB; the system keeps the file's pages too
         return db
     db.close()

@@ -1,6 +1,6 @@
-"""The Anthropic Messages API: messages, count_tokens, models. Shapes as the real SDK (2.11) reads them.
+"""The Anthropic Messages API: messages, batches of them, count_tokens, models.
 
-Leaves room for ``/v1/messages/batches``.
+Shapes as the real SDK (2.11) reads them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from shared.standin import engine
+from shared.standin.batches import KINDS, Asked, Batch, Batches, jsonl, when
 from shared.standin.wire import RefusedError, Reply, Request, broken, check_access, schema_or_none, stopped
 
 MODELS = (
@@ -51,6 +52,67 @@ def handle(request: Request, fault: str, bad_share: float) -> Reply:
         check_access(request, name)
         return Reply(200, _model(name))
     raise RefusedError(404, f"{request.method} {request.path} is not served here")
+
+
+BATCHES = "/v1/messages/batches"
+
+
+def batches(request: Request, store: Batches, fault: str) -> Reply | None:
+    """The answer to a request about batches; None when it is about something else."""
+    path = request.path.rstrip("/")
+    identity, _, verb = path.removeprefix(BATCHES).strip("/").partition("/")
+    if path.removeprefix(BATCHES)[:1] not in ("", "/") or not path.startswith(BATCHES):
+        return None
+    check_access(request)
+    if request.method == "POST" and not identity:
+        asked = [Asked(one["custom_id"], "/v1/messages", one["params"]) for one in request.json.get("requests") or []]
+        if wrong := [one.custom_id for one in asked if not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", one.custom_id)]:
+            raise RefusedError(400, f"requests: custom_id {wrong[0]!r} does not match ^[a-zA-Z0-9_-]{{1,64}}$")
+        return Reply(200, _batch(store.create("anthropic", "msgbatch_", "", asked, fault)))
+    if request.method == "POST" and verb == "cancel":
+        return Reply(200, _batch(store.cancel("anthropic", identity)))
+    if request.method == "GET" and not identity:
+        after, limit = request.query.get("after_id"), int(request.query.get("limit", 20))
+        found = [_batch(batch) for batch in store.all("anthropic")]
+        start = next((n + 1 for n, row in enumerate(found) if row["id"] == after), 0)
+        page = found[start : start + limit]
+        ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+        return Reply(200, {"data": page, "has_more": len(found) > start + limit, **ends})
+    if request.method == "GET" and not verb:
+        return Reply(200, _batch(store.get("anthropic", identity)))
+    if request.method == "GET" and verb == "results":
+        batch = store.get("anthropic", identity)
+        if not batch.ended:
+            raise RefusedError(404, f"{identity} has not ended")
+        return Reply(200, jsonl([_result(row) for row in batch.results()]), {"Content-Type": "application/x-jsonl"})
+    return None
+
+
+def _batch(batch: Batch) -> dict[str, Any]:
+    """This API has batches that end, and none that fail: of a failed one every request is errored."""
+    counts = {kind: batch.counts[kind] for kind in KINDS}
+    if batch.failed:
+        counts["errored"] = batch.total
+    tally = {"processing": batch.total, **dict.fromkeys(KINDS, 0)} if not batch.ended else {"processing": 0, **counts}
+    return {
+        "id": batch.id,
+        "type": "message_batch",
+        "processing_status": "ended" if batch.ended else "canceling" if batch.cancelled else "in_progress",
+        "request_counts": tally,
+        "created_at": when(batch.created),
+        "expires_at": when(batch.created + 86_400),
+        "ended_at": when(batch.created) if batch.ended else None,
+        "cancel_initiated_at": when(batch.created) if batch.cancelled else None,
+        "archived_at": None,
+        "results_url": f"{BATCHES}/{batch.id}/results" if batch.ended else None,
+    }
+
+
+def _result(row: dict[str, Any]) -> dict[str, Any]:
+    result = {"type": row["kind"]}
+    if row["kind"] in ("succeeded", "errored"):
+        result["message" if row["kind"] == "succeeded" else "error"] = row["body"]
+    return {"custom_id": row["custom_id"], "result": result}
 
 
 def error(request: Request, status: int, message: str, kind: str = "", param: str | None = None) -> Reply:

@@ -38,7 +38,7 @@ from shared.standin.dialogues import (
     with_statement,
 )
 from shared.standin.grammar import Asked, Fact, capital, fact_of, questions, rearranged, stems, terms, unsupported
-from shared.standin.rewriting import draw
+from shared.standin.rewriting import draw, fault_of
 
 EXTRACTION_FAULTS = {
     "quote": 0.06,  # the quote does not occur in the chunk
@@ -98,16 +98,6 @@ def tags_of(user: str) -> dict[str, str]:
     for match in _TAG.finditer(user):
         found.setdefault(match[1], match[2])
     return found
-
-
-def fault_of(shares: Mapping[str, float], *seed: str) -> str:
-    """Which fault, if any: one at most, each with its share."""
-    place = draw(*seed, "fault")
-    for name, share in shares.items():
-        place -= share
-        if place < 0:
-            return name
-    return ""
 
 
 # ---------------------------------------------------------------- questions and answers about a chunk

@@ -27,6 +27,15 @@ cut                 a download ends half-way, and the connection with it
 ==================  ====================================================================================================
 
 ``link_s`` (default 3600) is for how many seconds a signed link is good.
+
+Only for batches; ``cut@batches=1`` cuts the answer to the creation of one that is created:
+
+==================  ====================================================================================================
+expired, errored    a request of a batch is not answered in time; is refused (``errored@messages=2``: the second)
+batch_failed        a batch fails as a whole; ``batch_full``: because too much of ours waits already (OpenAI)
+batch_slow          it begins ``slow_s`` seconds later
+batch_gone          a batch is created, and then nobody knows it
+==================  ====================================================================================================
 """
 
 from __future__ import annotations
@@ -44,6 +53,8 @@ STATUSES = ("400", "401", "402", "403", "404", "408", "409", "413", "429", "500"
 TRANSPORT = (*STATUSES, "quota", "reset", "timeout", "slow_loris", "half_closed")
 CONTENT = ("truncate", "refuse", "broken_json")
 TINKER = ("future_failed", "future_slow", "paused_capacity", "paused_rate_limit", "link_expired", "path_escape", "cut")
+BATCH = ("batch_failed", "batch_full", "batch_slow", "batch_gone")
+IN_BATCH = ("expired", "errored")
 NUMBERS = ("seed", "retry_after", "timeout_s", "slow_s", "pause_s", "link_s")
 MOST_IN_ROW = 2
 
@@ -111,6 +122,12 @@ class Faults:
         salt = "content" if content is CONTENT else f"content {self._times[digest]}"
         return Fault(content=self._pick(content, digest, salt))
 
+    def in_batch(self, path: str, body: bytes) -> str:
+        """The fault of one request of a batch; ``path`` is where it would be sent alone. Counts it."""
+        digest = hashlib.sha256(path.encode() + b"\0" + body).digest()
+        exact = self._exact(path.rpartition("/")[2])
+        return exact or self._pick(IN_BATCH, digest, "batch") or self._pick(CONTENT, digest, "content")
+
     def _exact(self, operation: str) -> str:
         self._numbers[operation] += 1
         number = self._numbers[operation]
@@ -149,7 +166,7 @@ def parse(text: str) -> Faults:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.partition("=")
         name, at, operation = name.strip().partition("@")
-        known = (*TRANSPORT, *CONTENT, *TINKER, *(() if at else NUMBERS))
+        known = (*TRANSPORT, *CONTENT, *TINKER, *BATCH, *IN_BATCH, *(() if at else NUMBERS))
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise SettingsError(f"STANDIN_FAULTS: unknown fault {name!r}", f"the nearest valid one is {near!r}")
@@ -172,7 +189,7 @@ def parse(text: str) -> Faults:
         shares={name: share for name, share in shares.items() if share},
         exact=tuple(exact),
     )
-    for kind in (TRANSPORT, CONTENT, TINKER):
+    for kind in (TRANSPORT, CONTENT, TINKER, BATCH, IN_BATCH):
         total = sum(faults.shares.get(name, 0.0) for name in kind)
         if total > 1 or min(faults.shares.values(), default=0) < 0:
             raise SettingsError(f"STANDIN_FAULTS: the shares of {', '.join(kind[-3:])}, ... are {total}", "at most 1")

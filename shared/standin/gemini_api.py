@@ -1,16 +1,16 @@
-"""The Gemini API: generateContent, countTokens, embedContent, batchEmbedContents, models.
+"""The Gemini API: generateContent, batches of it, file uploads, countTokens, embedContent, batchEmbedContents, models.
 
 Under ``/v1`` and ``/v1beta``; shapes as the real SDK (3.4) reads them.
-
-Leaves room for ``:batchGenerateContent``, ``/batches`` and file uploads.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import unquote
 
 from shared.standin import embedding, engine
+from shared.standin.batches import Asked, Batch, Batches, jsonl, lines_of, when
 from shared.standin.filling import lower_case
 from shared.standin.wire import RefusedError, Reply, Request, broken, check_access, schema_or_none, stopped
 
@@ -182,3 +182,90 @@ _VERBS = {
     "embedContent": _embed,
     "batchEmbedContents": _batch_embed,
 }
+
+
+# ---------------------------------------------------------------- batches
+
+_BATCHES = re.compile(r"(/upload)?/v1(?:beta|alpha)?/(files|batches|models)(?:/([^/:]+))?(?::(\w+))?/?$")
+
+
+def batches(request: Request, store: Batches, fault: str) -> Reply | None:
+    """The answer to a request about files or batches; None when it is about something else."""
+    match = _BATCHES.match(unquote(request.path))
+    if match is None or (match[2] == "models" and match[4] != "batchGenerateContent"):
+        return None
+    upload, what, identity, verb = (part or "" for part in match.groups())
+    if request.method == "POST" and upload:
+        return _upload(request, store)
+    check_access(request)
+    if request.method == "GET" and (what, verb) == ("files", "download"):
+        content = jsonl([_response(row, "key") for row in store.get("gemini", identity).results()])
+        return Reply(200, content, {"Content-Type": "application/octet-stream"})
+    if request.method == "POST" and what == "models":
+        batch = request.json["batch"]
+        source = batch["inputConfig"].get("fileName", "")
+        if source:
+            rows = lines_of(store.uploaded(source.removeprefix("files/")))
+        else:
+            rows = [one | {"key": one["metadata"]["key"]} for one in batch["inputConfig"]["requests"]["requests"]]
+        path = f"/v1/models/{identity}:generateContent"
+        asked = [Asked(row["key"], path, _as_alone(row["request"])) for row in rows]
+        return Reply(200, _batch(store.create("gemini", "b", identity, asked, fault, batch["displayName"], source)))
+    if request.method == "POST" and verb == "cancel":
+        store.cancel("gemini", identity)
+        return Reply(200, {})
+    if request.method == "GET" and what == "batches" and not identity:
+        size, start = int(request.query.get("pageSize", 50)), int(request.query.get("pageToken") or 0)
+        found = [_batch(batch) for batch in store.all("gemini")]
+        more = {"nextPageToken": str(start + size)} if len(found) > start + size else {}
+        return Reply(200, {"operations": found[start : start + size], **more})
+    if request.method == "GET" and what == "batches" and not verb:
+        return Reply(200, _batch(store.get("gemini", identity)))
+    return None
+
+
+def _as_alone(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with its fields in the order in which our client sends them alone: the SDK's batches have another."""
+    contents = [{"role": content["role"], "parts": content["parts"]} for content in body["contents"]]
+    return body | {"contents": contents}
+
+
+def _upload(request: Request, store: Batches) -> Reply:
+    """Resumable: a first request asks where to send the bytes to; the bytes then come in pieces."""
+    command = request.headers.get("x-goog-upload-command", "")
+    if command == "start":  # the address in its answer is all that the others show
+        check_access(request)
+        where = f"http://{request.headers['Host']}{request.path}?upload_id={store.begin()}"
+        return Reply(200, {}, {"x-goog-upload-url": where, "x-goog-upload-status": "active"})
+    name = store.append(request.query.get("upload_id", ""), request.body, last="finalize" in command)
+    status = {"x-goog-upload-status": "final" if name else "active"}
+    return Reply(200, {"file": {"name": f"files/{name}", "sizeBytes": "0"}} if name else {}, status)
+
+
+def _batch(batch: Batch) -> dict[str, Any]:
+    """An operation: ``output`` once it is done; the answers inline when the requests were, else a file of them."""
+    state = "SUCCEEDED" if batch.ended else "RUNNING" if batch.counts else "PENDING"
+    if batch.failed or batch.cancelled:
+        state = "FAILED" if batch.failed else "CANCELLED"
+    facts: dict[str, Any] = {
+        "model": f"models/{batch.model}",
+        "displayName": batch.name,
+        "state": f"BATCH_STATE_{state}",
+        "createTime": when(batch.created),
+        "updateTime": when(batch.created),
+        "name": f"batches/{batch.id}",
+    }
+    if batch.ended and not batch.failed:
+        rows = [] if batch.source else [_response(row, "metadata") for row in batch.results()]
+        inline = {"inlinedResponses": {"inlinedResponses": rows}}
+        facts["output"] = {"responsesFile": f"files/{batch.id}"} if batch.source else inline
+    wrong = {"error": {"code": 13, "message": "the batch failed"}} if batch.failed else {}
+    return {"name": f"batches/{batch.id}", "done": batch.ended, "metadata": facts, **wrong}
+
+
+def _response(row: dict[str, Any], key: str) -> dict[str, Any]:
+    named = {"metadata": {"key": row["custom_id"]}} if key == "metadata" else {"key": row["custom_id"]}
+    if row["kind"] == "succeeded":
+        return {"response": row["body"], **named}
+    code = {"expired": 4, "canceled": 1}.get(row["kind"], 3)
+    return {"error": {"code": code, "message": f"the request was {row['kind']}"}, **named}

@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.standin.dialogues import Dice, Turns
 from shared.standin.grammar import capital
-from shared.standin.rewriting import draw
+from shared.standin.rewriting import fault_of
 
 FAULTS = {
     "length": 0.05,  # an exchange too many or too few
@@ -56,7 +56,7 @@ def order_of(user: str) -> Order:
 def write(user: str, model: str, attempt: str = "") -> dict[str, Any]:
     """The conversation that a prompt asks for, with its topic, its patterns and its learning notes."""
     order, dice = order_of(user), Dice(user, model, attempt)
-    fault = fault_of(user, model, attempt)
+    fault = fault_of(FAULTS, user, model, attempt)
     exchanges = order.least + int(dice.share() * (order.most - order.least + 1))
     if fault == "length":
         exchanges = order.least - 1 if order.least > 1 and dice.share() < 0.5 else order.most + 1
@@ -80,16 +80,6 @@ def write(user: str, model: str, attempt: str = "") -> dict[str, Any]:
         "conversation": turns,
         "learning_notes": _notes(order, dice),
     }
-
-
-def fault_of(*seed: str) -> str:
-    """Which fault a conversation has, if any."""
-    place = draw(*seed, "fault")
-    for name, share in FAULTS.items():
-        place -= share
-        if place < 0:
-            return name
-    return ""
 
 
 # ---------------------------------------------------------------- matter

@@ -1,8 +1,6 @@
-"""The OpenAI API: chat completions, responses, input token counts, embeddings, models.
+"""The OpenAI API: chat completions, batches of them, files, responses, input token counts, embeddings, models.
 
 Shapes as the real SDK (3.52) reads them; also what any OpenAI-compatible server offers.
-
-Leaves room for ``/v1/files`` and ``/v1/batches``.
 """
 
 from __future__ import annotations
@@ -10,7 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import orjson
+
 from shared.standin import embedding, engine
+from shared.standin.batches import Asked, Batch, Batches, jsonl, lines_of
 from shared.standin.wire import CREATED, RefusedError, Reply, Request, broken, check_access, schema_or_none, stopped
 
 MODELS = (
@@ -285,3 +286,117 @@ _POSTS = {
     "/v1/responses/input_tokens": _count,
     "/v1/embeddings": _embeddings,
 }
+
+
+# ---------------------------------------------------------------- batches
+
+
+def batches(request: Request, store: Batches, fault: str) -> Reply | None:
+    """The answer to a request about files or batches; None when it is about something else."""
+    what, _, rest = request.path.rstrip("/").removeprefix("/v1/").partition("/")
+    identity, _, verb = rest.partition("/")
+    if what not in ("files", "batches"):
+        return None
+    check_access(request)
+    if what == "files":
+        return _files(request, store, identity, verb)
+    if request.method == "POST" and not identity:
+        body = request.json
+        rows = lines_of(_content(store, body["input_file_id"]))
+        if wrong := [row for row in rows if row["url"] != body["endpoint"] or row["method"] != "POST"]:
+            raise RefusedError(400, f"the url of {wrong[0]['custom_id']!r} is not the endpoint", param="input_file_id")
+        models = {row["body"]["model"] for row in rows}
+        if len(models) > 1:
+            raise RefusedError(400, f"all requests of a batch go to one model, not {sorted(models)}")
+        asked = [Asked(row["custom_id"], row["url"], row["body"]) for row in rows]
+        facts = {"name": orjson.dumps(body.get("metadata")).decode(), "source": body["input_file_id"]}
+        return Reply(200, _batch(store.create("openai", "batch_", "".join(models), asked, fault, **facts)))
+    if request.method == "POST" and verb == "cancel":
+        return Reply(200, _batch(store.cancel("openai", identity)))
+    if request.method == "GET" and not identity:
+        after, limit = request.query.get("after"), int(request.query.get("limit", 20))
+        found = [_batch(batch) for batch in store.all("openai")]
+        start = next((n + 1 for n, row in enumerate(found) if row["id"] == after), 0)
+        return Reply(
+            200, {"object": "list", "data": found[start : start + limit], "has_more": len(found) > start + limit}
+        )
+    if request.method == "GET" and not verb:
+        return Reply(200, _batch(store.get("openai", identity)))
+    return None
+
+
+def _files(request: Request, store: Batches, identity: str, verb: str) -> Reply | None:
+    if request.method == "POST" and not identity:
+        fields = _multipart(request)
+        if set(fields) != {"purpose", "file"} or fields["purpose"] != b"batch":
+            raise RefusedError(400, f"expected a file with purpose batch, got {sorted(fields)}", param="purpose")
+        lines_of(fields["file"])
+        return Reply(200, _file(f"file-{store.keep(fields['file'])}", len(fields["file"])))
+    if request.method == "GET" and verb == "content":
+        return Reply(200, _content(store, identity), {"Content-Type": "application/octet-stream"})
+    if request.method == "GET" and not verb:
+        return Reply(200, _file(identity, len(_content(store, identity))))
+    return None
+
+
+def _multipart(request: Request) -> dict[str, bytes]:
+    """The fields of a form by name."""
+    mark = request.headers.get("content-type", "").partition("boundary=")[2].strip('"').encode()
+    fields = {}
+    for part in request.body.split(b"--" + mark)[1:-1] if mark else ():
+        head, _, content = part.partition(b"\r\n\r\n")
+        if name := re.search(rb'[ ;]name="([^"]*)"', head):
+            fields[name[1].decode()] = content.removesuffix(b"\r\n")
+    return fields
+
+
+def _file(identity: str, size: int) -> dict[str, Any]:
+    facts = {"id": identity, "object": "file", "bytes": size, "created_at": CREATED}
+    return facts | {"filename": "batch.jsonl", "purpose": "batch", "status": "processed"}
+
+
+def _content(store: Batches, identity: str) -> bytes:
+    """An uploaded file, or the output (``file-out-``) or errors (``file-err-``) of a batch."""
+    kind, _, batch = identity.removeprefix("file-").partition("-")
+    if kind not in ("out", "err"):
+        return store.uploaded(identity.removeprefix("file-"))
+    rows = store.get("openai", batch).results()
+    return jsonl([_line(row) for row in rows if (row["kind"] == "succeeded") == (kind == "out")])
+
+
+def _line(row: dict[str, Any]) -> dict[str, Any]:
+    answer, wrong = None, None
+    if row["body"] is None:
+        wrong = {"code": f"batch_{row['kind']}", "message": "This request was not answered in time."}
+    else:
+        answer = {"status_code": row["status"], "request_id": "r", "body": row["body"]}
+    return {"id": f"batch_req_{row['custom_id']}", "custom_id": row["custom_id"], "response": answer, "error": wrong}
+
+
+def _batch(batch: Batch) -> dict[str, Any]:
+    others = batch.counts.total() - batch.counts["succeeded"]
+    status, wrong = "completed" if batch.ended else "in_progress", None
+    if batch.failed:
+        status = "failed"
+        code, said = "invalid_json_line", "This line is not parseable as valid JSON."
+        if batch.failed == "batch_full":
+            code, said = "token_limit_exceeded", f"Enqueued token limit reached for {batch.model}."
+        wrong = {"object": "list", "data": [{"code": code, "message": said, "line": None, "param": None}]}
+    elif batch.cancelled:
+        status = "cancelled" if batch.ended else "cancelling"
+    elif batch.ended and batch.counts["expired"]:
+        status = "expired"
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": "/v1/chat/completions",
+        "errors": wrong,
+        "input_file_id": batch.source,
+        "completion_window": "24h",
+        "status": status,
+        "output_file_id": f"file-out-{batch.id}" if batch.ended and batch.counts["succeeded"] else None,
+        "error_file_id": f"file-err-{batch.id}" if batch.ended and others else None,
+        "created_at": int(batch.created),
+        "request_counts": {"total": batch.total, "completed": batch.counts["succeeded"], "failed": others},
+        "metadata": orjson.loads(batch.name),
+    }

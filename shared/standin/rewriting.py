@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from shared.standin import reading
@@ -60,6 +61,16 @@ def draw(*parts: str) -> float:
     """A number from 0 to 1 (excluded) that hangs on the parts alone."""
     digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:7], "big") / (1 << 56)
+
+
+def fault_of(shares: Mapping[str, float], *seed: str) -> str:
+    """Which fault, if any: one at most, each with its share."""
+    place = draw(*seed, "fault")
+    for name, share in shares.items():
+        place -= share
+        if place < 0:
+            return name
+    return ""
 
 
 # ---------------------------------------------------------------- damage

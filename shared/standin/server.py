@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
@@ -15,8 +16,9 @@ from aiohttp.web_response import Response, StreamResponse
 from aiohttp.web_server import Server
 
 from shared.standin import anthropic_api, gemini_api, hub, openai_api, tinker_api
+from shared.standin.batches import Batches
 from shared.standin.engine import BAD_SHARE
-from shared.standin.faults import TINKER, Faults, RateCap
+from shared.standin.faults import BATCH, CONTENT, TINKER, Faults, RateCap
 from shared.standin.log import Log
 from shared.standin.wire import RefusedError, Reply, Request
 
@@ -35,7 +37,7 @@ class Settings:
         latency_s: seconds added to each answer of a model.
         bad_share: share of texts, 0 to 1, that are compressed badly.
         log: file of the request log; ``""`` = none.
-        state: directory of what outlives the process (Tinker's checkpoints); ``""`` = a temporary one.
+        state: directory of what outlives the process (Tinker's checkpoints, batches); ``""`` = a temporary one.
     """
 
     faults: Faults = field(default_factory=Faults)
@@ -65,6 +67,7 @@ class Cloud:
         self.log = Log(settings.log)
         self.caps = {api: RateCap(settings.rate) for api in (anthropic_api, openai_api, gemini_api, tinker_api)}
         self.tinker = tinker_api.Tinker(settings.state, settings.faults, settings.latency_s)
+        self.batches = Batches(settings.state, settings.faults, self.log, self._answer_in_batch)
 
     async def handle(self, incoming: BaseRequest) -> StreamResponse:
         """One request, from reading to logging."""
@@ -138,17 +141,30 @@ class Cloud:
             if wait := self.caps[api].wait_s(time.monotonic()):
                 return self._limited(request, api, wait, "rate")
             asked = request.body + request.attempt.encode()
-            found = settings.faults.decide(request.path, asked, request.headers.get("x-standin-fault", ""))
+            wish, content = request.headers.get("x-standin-fault", ""), BATCH if _creates_batch(request) else CONTENT
+            found = settings.faults.decide(request.path, asked, wish, content)
             if found.transport and found.transport not in _PIECEMEAL:
                 return await self._failed(request, api, found.transport)
             fault = found.content
             if settings.latency_s:
                 await asyncio.sleep(settings.latency_s)
-        reply = _answered(request, api, fault, settings.bad_share)
+        reply = _answered(request, api, lambda: self._handled(request, api, fault), fault)
         if request.method == "POST" and found.transport:
             reply.fault = found.transport
         reply.headers |= self._headers(request, api)
         return reply
+
+    def _handled(self, request: Request, api: ModuleType, fault: str) -> Reply:
+        about_batches: Reply | None = api.batches(request, self.batches, fault)
+        if about_batches is not None:
+            return about_batches
+        reply: Reply = api.handle(request, fault, self.settings.bad_share)
+        return reply
+
+    def _answer_in_batch(self, request: Request, fault: str) -> Reply:
+        api = protocol(request)
+        assert api is not None, request.path
+        return _answered(request, api, lambda: api.handle(request, fault, self.settings.bad_share), fault)
 
     async def _tinker_reply(self, request: Request) -> Reply:
         settings, api = self.settings, tinker_api
@@ -204,10 +220,14 @@ class Cloud:
         return found
 
 
-def _answered(request: Request, api: ModuleType, fault: str, bad_share: float) -> Reply:
+def _creates_batch(request: Request) -> bool:
+    return unquote(request.path).rstrip("/").endswith(("/batches", ":batchGenerateContent"))
+
+
+def _answered(request: Request, api: ModuleType, handle: Callable[[], Reply], fault: str) -> Reply:
     """The protocol's answer, or its error in its own shape."""
     try:
-        reply: Reply = api.handle(request, fault, bad_share)
+        reply = handle()
         reply.fault = fault or None
     except RefusedError as error:
         reply = api.error(request, error.status, error.message, error.kind, error.param)
@@ -224,7 +244,7 @@ def protocol(request: Request) -> ModuleType | None:
     Anthropic, OpenAI and Gemini share ``/v1/models``: their SDKs tell themselves apart by their headers.
     """
     path = request.path
-    if not path.startswith(("/v1/", "/v1beta/", "/v1alpha/")):
+    if not path.startswith(("/v1/", "/v1beta/", "/v1alpha/", "/upload/")):
         return None
     if "anthropic-version" in request.headers or path.startswith("/v1/messages"):
         return anthropic_api
