@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import hub
-from shared.errors import SettingsError, SynthmillError
+from shared.errors import LeftOutError, SettingsError, SynthmillError
 from shared.records import content_id
 from shared.stage import ROOT, sha256_of
 
@@ -133,6 +133,28 @@ def _files_identity(paths: Iterable[Path]) -> str:
 
 
 # ---------------------------------------------------------------- MLX
+
+
+def leave_out_without_mlx(what: str) -> None:
+    """Stop without an error where ``make trial`` set ``WITHOUT_MLX=skip`` and mlx-lm is not installed.
+
+    Args:
+        what: is left out, for the message.
+
+    Raises:
+        LeftOutError: it is so.
+    """
+    if mlx_is_spared():
+        raise LeftOutError(
+            f"{what}, because mlx-lm is not installed here: it runs on Apple silicon (macOS 14 or later) "
+            "and on Linux (glibc 2.35 or later). The data is made all the same.",
+            "make trial on such a machine (copy data/ there and nothing is made or paid again)",
+        )
+
+
+def mlx_is_spared() -> bool:
+    """Whether mlx-lm is not installed, and whoever started us wants to go on without it."""
+    return os.environ.get("WITHOUT_MLX") == "skip" and importlib.util.find_spec("mlx_lm") is None
 
 
 def require_mlx(needed_by: str, otherwise: str) -> None:

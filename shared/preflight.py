@@ -8,7 +8,6 @@ Nothing is asked that costs money: providers are asked for their list of models,
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import datetime
 import difflib
@@ -36,20 +35,20 @@ from shared.llm.models import budget_from_env
 from shared.llm.providers import KEY_NAMES, PROVIDERS, OpenAI, check_key
 from shared.llm.types import Usage
 from shared.llm.volume import Volume, tokens_of
+from shared.local_models import local_adapter, on_hub, pinned, pinned_model
 from shared.records import Domain, Example
 from shared.stage import ROOT, read_records, shown
-from shared.stats import DATA, open_store
+from shared.stats import DATA, flags_for, open_store
 
 NETWORK_S = 10.0
 """For all network checks together, because they run at the same time."""
 PRICES_DAYS = 90
 """Older prices get a warning: vendors changed theirs four times in the half year the table covers."""
-TRAIN = "14_train"
+TRAIN, EVALUATE = "14_train", "15_evaluate"
 GIB = 2**30
+MLX = ("mlx.core", "mlx_lm")
 BYTES_PER_RECORD = 100_000
 """Eight stage files and their rejects (40 kB), a vector (4 kB), 8 answers and their embeddings, stored (50 kB)."""
-ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json")
-"""What an mlx-lm adapter is made of."""
 DOWNLOADS_BYTES = 3 * GIB
 """Shallow clones of the production sources (about 0.5 GiB) and the Hub's cache of the files rows are read from."""
 RANK_KNOWN = 32
@@ -66,12 +65,13 @@ Stages = dict[tuple[str, str], tuple[ModuleType, Any]]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """One line of the table; ``spec`` is what it found pinned on the Hub, ``org/name@<commit>``."""
 
     name: str
     state: State
     found: str
     mend: str = ""
+    spec: str = ""
 
 
 def missed(name: str, error: SynthmillError) -> Check:
@@ -124,33 +124,47 @@ def sources(track: str, module: ModuleType, params: Any) -> list[Check]:
 
 def generator(module: ModuleType, params: Any) -> list[Check]:
     """Whether 03 can write: tokenizer, and for ``mlx`` the model, the adapter and MLX itself."""
+    params = module.where_there_is_no_mlx(params)
     table = module.table_of(params)
-    checks = [pinned(module, "tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")]
+    checks = [there(pinned, "tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")]
     if params.generator != "mlx":
         return [*checks, Check("generator", "ok", f"{params.generator}: {table.model}; no adapter is needed")]
-    checks.append(pinned(module, "mlx.model", table.model, table.revision, "mlx.revision"))
-    missing = [name for name in ADAPTER_FILES if not (ROOT / table.adapter / name).is_file()]
-    if table.adapter and not table.adapter_revision and missing:
-        mend = "make bootstrap; or train one and put it there; or set mlx.adapter_revision when it is on the Hub"
-        found = f"{table.adapter}: {' and '.join(missing)} missing"
-        checks.append(Check("mlx.adapter", "MISS", found, mend))
-    else:
-        checks.append(Check("mlx.adapter", "ok", f"{table.adapter or 'none'} {table.adapter_revision}".strip()))
-    try:
-        importlib.import_module("mlx.core")
-        importlib.import_module("mlx_lm")
-        checks.append(Check("mlx", "ok", "importable"))
-    except ImportError as error:
-        checks.append(Check("mlx", "MISS", str(error), 'make setup; or generator = "endpoint" in 03\'s settings'))
-    return checks
+    checks.append(there(pinned_model, "mlx.model", table.model, table.revision, "mlx.revision"))
+    checks.append(adapter("mlx", table, "make bootstrap"))
+    return [*checks, *importable("mlx", MLX, 'make setup; or generator = "endpoint" in 03\'s settings')]
 
 
-def pinned(module: ModuleType, key: str, place: str, revision: str, revision_key: str) -> Check:
-    """Whether a model or tokenizer is on this machine or pinned to a commit, as 03 demands."""
+def there(find: Callable[[str, str, str, str], str], key: str, place: str, revision: str, revision_key: str) -> Check:
+    """Whether a model or tokenizer is on this machine or pinned to a commit, as the stage demands that uses it."""
     try:
-        return Check(key, "ok", module.pinned(key, place, revision, revision_key))
+        spec = find(key, place, revision, revision_key)
     except SynthmillError as error:
         return missed(key, error)
+    return Check(key, "ok", spec, spec=spec if on_hub(spec) else "")
+
+
+def adapter(key: str, table: Any, without: str) -> Check:
+    """The same for the adapter of a table of the settings; ``without`` is what to do where there is none yet."""
+    name = f"{key}.adapter"
+    if table.adapter_revision or not table.adapter:
+        spec = f"{table.adapter}@{table.adapter_revision}" if table.adapter else ""
+        return Check(name, "ok", spec or "none", spec=spec)
+    mend = f"{without}; or train one and put it there; or set {key}.adapter_revision when it is on the Hub"
+    try:
+        return Check(name, "ok", local_adapter(table.adapter, mend))
+    except SynthmillError as error:
+        return missed(name, error)
+
+
+def importable(name: str, modules: Sequence[str], mend: str, otherwise: State = "MISS") -> list[Check]:
+    """Whether modules can be imported: a line for each that cannot, one line where all can."""
+    checks = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            checks.append(Check(f"{name} {module}", otherwise, str(error), mend))
+    return checks or [Check(name, "ok", "importable")]
 
 
 def disk(data: Path, need: int) -> Check:
@@ -221,30 +235,39 @@ def budget(rows: list[Row], run: str, data: Path, mode: str, cap: float | None) 
     return Check("budget", "ok", found)
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- training and evaluation
 
 
-def training(run: str, loaded: Stages) -> tuple[Stages, list[Check]]:
-    """The settings of 14 for every track, whether or not the run's spine has it; a miss where they do not load."""
+def beyond(run: str, loaded: Stages, stage: str) -> tuple[Stages, list[Check]]:
+    """The settings of 14 or 15 for every track, also where the run's spine ends before; a miss where they do not load.
+
+    Of a run that has none for the stage, as bootstrap has none for 15, nothing is found.
+    """
     found: Stages = {}
     checks: list[Check] = []
     for track in dict.fromkeys(track for track, _ in loaded):
+        if (track, stage) not in loaded and not (ROOT / "stages" / stage / f"{run}.toml").exists():
+            continue
         try:
-            found[track, TRAIN] = loaded.get((track, TRAIN)) or load_params(TRAIN, run, track)
+            found[track, stage] = loaded.get((track, stage)) or load_params(stage, run, track)
         except SynthmillError as error:
-            if (check := missed(f"settings {TRAIN}", error)) not in checks:
+            if (check := missed(f"settings {stage}", error)) not in checks:
                 checks.append(check)
     return found, checks
 
 
-def trainer(module: ModuleType, params: Any) -> list[Check]:
-    """Whether 14 can train: what its backend checks of its settings, and what it needs on this machine."""
+def trainer(module: ModuleType, params: Any, without_mlx: State = "MISS") -> list[Check]:
+    """Whether 14 can train: what its backend checks of its settings, and what it needs on this machine.
+
+    ``without_mlx``: what it is that MLX is not installed.
+    """
     try:
         backend = module.backend_of(params, lambda: None)
     except SynthmillError as error:
         return [missed("training", error)]
-    checks = [Check("training", "ok", f"{params.backend}: {backend.model}")]
-    needed: tuple[str, ...] = ("mlx.core", "mlx_lm")
+    model = backend.model
+    checks = [Check("training", "ok", f"{params.backend}: {model}", spec=model if on_hub(model) else "")]
+    needed: tuple[str, ...] = MLX
     if params.backend == "tinker":
         rank = params.tinker.rank
         if rank > RANK_KNOWN:
@@ -252,13 +275,27 @@ def trainer(module: ModuleType, params: Any) -> list[Check]:
             checks.append(
                 Check("tinker.rank", "warn", found, f"rank = {RANK_KNOWN} in [tinker]; nothing is paid before")
             )
-        needed = ("tinker", "transformers", "jinja2")
-    for name in needed:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            checks.append(Check(f"training {name}", "MISS", str(error), "make setup"))
-    return checks
+        needed, without_mlx = ("tinker", "transformers", "jinja2"), "MISS"
+    lines = importable("training", needed, "make setup", without_mlx)
+    return [*checks, *(check for check in lines if check.state != "ok")]
+
+
+def contestants(params: Any, without_mlx: State = "MISS") -> list[Check]:
+    """Whether 15 can have its contestants answer, but for the adapter that 14 is still to train."""
+    tables = {name: getattr(params, name) for name in ("candidate", "baseline", "base") if getattr(params, name)}
+    if params.written_by == "endpoint":
+        mend = "set it to the name the server will know that model and adapter by"
+        empty = [name for name, table in tables.items() if not table.served_as]
+        return [Check(f"{name}.served_as", "MISS", "empty, and written_by = 'endpoint'", mend) for name in empty]
+    checks = []
+    for name, table in tables.items():
+        if table.model:  # else it is the candidate's, and that is the one 14 trains
+            checks.append(there(pinned_model, f"{name}.model", table.model, table.revision, f"{name}.revision"))
+    if "baseline" in tables:
+        checks.append(adapter("baseline", params.baseline, "make bootstrap; or take the table out of the settings"))
+    mend = 'make setup; or written_by = "endpoint" in 15\'s settings'
+    lines = importable("evaluation", MLX, mend, without_mlx)
+    return [*checks, *(check for check in lines if check.state != "ok")]
 
 
 def service(module: ModuleType, params: Any) -> list[Check]:
@@ -354,35 +391,44 @@ async def _listed(client: Any, base_url: str) -> set[str]:
 
 
 def dataset(source: Any) -> list[Check]:
-    """Whether a data set of the Hub is there and, when it is gated, whether our token opens one of its files."""
+    """Whether a data set of 01 is on the Hub and open to us."""
+    where = "dataset and revision in the settings of 01"
+    return repository("dataset", source.dataset, source.revision, f"dataset {source.dataset}", where)
+
+
+def repository(kind: Literal["model", "dataset"], repo: str, revision: str, name: str, where: str) -> list[Check]:
+    """Whether a repository of the Hub is there and, when it is gated, whether our token opens one of its files.
+
+    Args:
+        name: of the check; ``where`` are the settings that name the repository, for the mend.
+    """
     from huggingface_hub import HfApi, get_token, hf_hub_url
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    name, token, where = f"dataset {source.dataset}", get_token(), os.environ.get("HF_ENDPOINT") or None
-    hub = HfApi(endpoint=where, token=token)
-    accept = f"log in to the Hub, accept the terms on the page of {source.dataset}, put HF_TOKEN=... into .env"
+    token, endpoint = get_token(), os.environ.get("HF_ENDPOINT") or None
+    hub = HfApi(endpoint=endpoint, token=token)
+    accept = f"log in to the Hub, accept the terms on the page of {repo}, put HF_TOKEN=... into .env"
     try:
-        info = hub.dataset_info(source.dataset, revision=source.revision, timeout=NETWORK_S)
+        info = hub.repo_info(repo, repo_type=kind, revision=revision, timeout=NETWORK_S)
         if not info.gated:
             return [Check(name, "ok", "open")]
         if not token:
             return [Check(name, "MISS", "gated, and HF_TOKEN is not set", accept)]
-        user = hub.whoami()["name"]
+        user, files = hub.whoami()["name"], getattr(info, "siblings", None) or ()
         # Everybody may see a gated repository's list of files, and its card; a data file tells whether we are let in.
-        file = next(f.rfilename for f in info.siblings or () if not f.rfilename.startswith((".", "README")))
-        url = hf_hub_url(source.dataset, file, repo_type="dataset", revision=source.revision, endpoint=where)
+        file = next(f.rfilename for f in files if not f.rfilename.startswith((".", "README")))
+        url = hf_hub_url(repo, file, repo_type=kind, revision=revision, endpoint=endpoint)
         hub.get_hf_file_metadata(url=url, timeout=NETWORK_S)
         return [Check(name, "ok", f"gated; the token of {user} is let in")]
     except GatedRepoError:
         return [Check(name, "MISS", "gated, and its terms are not accepted by the owner of HF_TOKEN", accept)]
     except RepositoryNotFoundError:
-        return [Check(name, "MISS", "not on the Hub, or private", "correct dataset in the settings of 01")]
+        return [Check(name, "MISS", "not on the Hub, or private", f"correct {where}")]
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             return [Check(name, "MISS", f"the token is refused: {_first_line(error)}", "check HF_TOKEN in .env")]
-        mend = "check dataset and revision in the settings of 01"
-        return [Check(name, "MISS", f"the Hub answered {status}: {_first_line(error)}", mend)]
+        return [Check(name, "MISS", f"the Hub answered {status}: {_first_line(error)}", f"check {where}")]
 
 
 def docker() -> list[Check]:
@@ -439,10 +485,14 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
             continue
         for call in calls:
             asked.setdefault((call.model.partition("/")[0], call.base_url), set()).add(call.model)
-    trained, more = training(run, loaded)
-    checks += more
+    trained, more = beyond(run, loaded, TRAIN)
+    evaluated, still = beyond(run, loaded, EVALUATE)
+    checks += [check for check in (*more, *still) if check not in checks]
+    without_mlx: State = "warn" if run == "trial" else "MISS"  # `make trial` goes on without it
     for (track, _), (module, params) in trained.items():
-        checks += [check for check in trainer(module, params) if check not in checks]  # once, not once a track
+        checks += [
+            check for check in trainer(module, params, without_mlx) if check not in checks
+        ]  # once, not once a track
         if params.backend == "tinker" and params.tinker:
             network["tinker"] = partial(service, module, params)
             for call in module.calls(params, one):
@@ -451,6 +501,13 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
                 checks += training_cost(track, params, data / run / track / "13_format.jsonl", run, data, mode)
             except SynthmillError as error:
                 checks.append(missed(f"training {track}", error))
+    for _, params in evaluated.values():
+        checks += [check for check in contestants(params, without_mlx) if check not in checks]
+    for check in checks:
+        if check.spec:
+            repo, _, revision = check.spec.partition("@")
+            where = f"what {check.name} names in the settings"
+            network[check.spec] = partial(repository, "model", repo, revision, f"model {repo}", where)
     if whole and (silent := unforeseen(run)):
         found = f"{', '.join(silent)} ask models that are not checked here and not in the estimate"
         checks.append(Check("models", "warn", found, "give each a calls() function in its main.py"))
@@ -485,10 +542,7 @@ def table(checks: list[Check]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table. Returns 0 when nothing is missing, else the exit code of settings that are wrong."""
-    parser = argparse.ArgumentParser(prog="python -m shared.preflight", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", default="full", help="trial, full or bootstrap")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
-    flags = parser.parse_args(arguments)
+    flags = flags_for("preflight", __doc__, run="full").parse_args(arguments)
     try:
         with ExitStack() as stack:
             mode = apis.decide()

@@ -8,15 +8,22 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import orjson
 from pydantic import ValidationError
 
 from shared.errors import MixedApisError, SettingsError
 from shared.records import Part
-from shared.stage import ROOT, shown
+from shared.stage import ROOT, git_revision, packages, shown
+
+if TYPE_CHECKING:
+    from shared.stage import Stage
+
+R = TypeVar("R", bound="Receipt")
 
 
 class Counts(Part):
@@ -26,6 +33,12 @@ class Counts(Part):
     kept: int
     rejected: int
     reasons: dict[str, int]
+
+    @classmethod
+    def of(cls, stage: Stage[Any]) -> Counts:
+        """That of a stage whose last record is decided."""
+        reasons = dict(sorted(stage.rejected.items()))
+        return cls(planned=stage.planned, kept=stage.kept, rejected=stage.rejected.total(), reasons=reasons)
 
 
 class TrainingData(Part):
@@ -78,11 +91,42 @@ class AdapterMade(Part):
 
 
 class Receipt(Part):
-    """What every receipt can: be written."""
+    """What every receipt ends with, and how it is written.
+
+    Attributes:
+        cost_usd: dollars; each receipt says of what.
+        seconds: that it took.
+        finished_at: UTC, ISO 8601.
+        git: commit of the code, ``-dirty`` behind it where that was changed.
+        packages: versions of the packages that were loaded.
+    """
+
+    cost_usd: float
+    seconds: float
+    finished_at: str
+    git: str
+    python: str
+    platform: str
+    packages: dict[str, str]
 
     def line(self) -> bytes:
-        """The receipt as it is on disk."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        """The receipt as it is on disk, these fields last."""
+        values = self.model_dump(mode="json")
+        last = {name: values.pop(name) for name in Receipt.model_fields}
+        return orjson.dumps(values | last, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def closing(cost_usd: float, seconds: float, versions: dict[str, str] | None = None) -> dict[str, Any]:
+    """The fields of :class:`Receipt` for one that is written now; ``versions`` in the place of the packages loaded."""
+    return {
+        "cost_usd": cost_usd,
+        "seconds": round(seconds, 3),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages() if versions is None else versions,
+    }
 
 
 class TrainReceipt(Receipt):
@@ -116,13 +160,6 @@ class TrainReceipt(Receipt):
     checkpoints: tuple[Checkpoint, ...]
     adapter: AdapterMade
     files: dict[str, str]
-    cost_usd: float
-    seconds: float
-    finished_at: str
-    git: str
-    python: str
-    platform: str
-    packages: dict[str, str]
 
 
 class Interval(Part):
@@ -197,13 +234,6 @@ class EvaluateReceipt(Receipt):
     differences: dict[str, Metrics]
     gates: tuple[Gate, ...]
     passed: bool
-    cost_usd: float
-    seconds: float
-    finished_at: str
-    git: str
-    python: str
-    platform: str
-    packages: dict[str, str]
 
 
 def read_train_receipt(path: Path) -> tuple[TrainReceipt, Path]:
@@ -212,15 +242,27 @@ def read_train_receipt(path: Path) -> tuple[TrainReceipt, Path]:
     Raises:
         SettingsError: there is none, or it is not readable as one.
     """
-    mend = "make stage14"
+    receipt = _read(path, TrainReceipt, "training", "make stage14")
+    return receipt, path.parent / receipt.run_id
+
+
+def read_evaluate_receipt(path: Path) -> EvaluateReceipt:
+    """The receipt at ``models/<run>/<track>/15_evaluate.json``.
+
+    Raises:
+        SettingsError: there is none, or it is not readable as one.
+    """
+    return _read(path, EvaluateReceipt, "an evaluation", "make stage15")
+
+
+def _read(path: Path, kind: type[R], what: str, mend: str) -> R:
     try:
-        receipt = TrainReceipt.model_validate(orjson.loads(path.read_bytes()))
+        return kind.model_validate(orjson.loads(path.read_bytes()))
     except FileNotFoundError:
-        raise SettingsError(f"no receipt of training at {shown(path)}", mend) from None
+        raise SettingsError(f"no receipt of {what} at {shown(path)}", mend) from None
     except (orjson.JSONDecodeError, ValidationError) as error:
         first = str(error).splitlines()[0]
-        raise SettingsError(f"{shown(path)} is no receipt of training: {first}", mend) from None
-    return receipt, path.parent / receipt.run_id
+        raise SettingsError(f"{shown(path)} is no receipt of {what}: {first}", mend) from None
 
 
 class Reason(Part):
@@ -289,29 +331,6 @@ class ReleaseReceipt(Receipt):
     endpoint: str
     settings: dict[str, Any]
     counts: Counts
-    cost_usd: float
-    seconds: float
-    finished_at: str
-    git: str
-    python: str
-    platform: str
-    packages: dict[str, str]
-
-
-def read_evaluate_receipt(path: Path) -> EvaluateReceipt:
-    """The receipt at ``models/<run>/<track>/15_evaluate.json``.
-
-    Raises:
-        SettingsError: there is none, or it is not readable as one.
-    """
-    mend = "make stage15"
-    try:
-        return EvaluateReceipt.model_validate(orjson.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise SettingsError(f"no receipt of an evaluation at {shown(path)}", mend) from None
-    except (orjson.JSONDecodeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise SettingsError(f"{shown(path)} is no receipt of an evaluation: {first}", mend) from None
 
 
 def same_apis(adapter: str, apis: str) -> None:

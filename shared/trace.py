@@ -6,7 +6,6 @@ python -m shared.trace --run trial 3f2a91 --full # texts, prompts and answers wh
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import orjson
 from shared.errors import SettingsError, SynthmillError, complain
 from shared.llm.store import Store
 from shared.stage import shown
-from shared.stats import DATA, open_store
+from shared.stats import flags_for, open_store
 
 SHORT = 160
 """Characters of a text shown without ``--full``."""
@@ -214,13 +213,11 @@ def turns(request: dict[str, Any]) -> list[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the life of one record. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m shared.trace", description=__doc__.partition("\n")[0])
+    parser = flags_for("trace", __doc__)
     parser.add_argument(
         "id", nargs="?", default="", metavar="ID", help="id of the record, or its first 6 or more digits"
     )
-    parser.add_argument("--run", default="trial", help="trial, full or bootstrap")
     parser.add_argument("--full", action="store_true", help="texts, prompts and answers whole")
-    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help="where runs and cache lie")
     flags = parser.parse_args(arguments)
     directory = flags.data / flags.run
     store = None

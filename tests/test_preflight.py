@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import http.server
+import importlib.util
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from shared.llm import Store
 from shared.llm.catalogue import catalogue
 from shared.llm.store import Entry
 from shared.llm.types import Answer
+from shared.local_models import ADAPTER_FILES
 from shared.stage import ROOT
 from shared.standin.hub import NOT_ACCEPTED
 from shared.standin.wire import BAD_KEY
@@ -260,7 +262,7 @@ def test_a_generator_without_its_adapter_is_a_miss_and_an_endpoint_needs_none(tm
 
     states = {check.name: check.state for check in preflight.generator(module, local)}
     assert states == {"tokenizer": "ok", "mlx.model": "ok", "mlx.adapter": "MISS", "mlx": "ok"}
-    for name in preflight.ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         (tmp_path / name).touch()
     assert {check.state for check in preflight.generator(module, local)} == {"ok"}
     assert {check.state for check in preflight.generator(module, endpoint)} == {"ok"}
@@ -274,6 +276,64 @@ def test_a_model_that_is_not_pinned_is_a_miss_that_says_how_to_pin_it() -> None:
 
     (check,) = (check for check in checks if check.name == "mlx.model")
     assert check.state == "MISS" and "set mlx.revision" in check.mend
+
+
+def test_the_contestants_of_the_evaluation_must_be_here_or_pinned(tmp_path: Path) -> None:
+    _, params = estimate.load_params("15_evaluate", "full", TRACK)
+    baseline = params.baseline.model_copy(update={"adapter": str(tmp_path)})  # type: ignore[attr-defined]
+    own = params.model_copy(update={"baseline": baseline})
+
+    def found(changed: object) -> dict[str, preflight.Check]:
+        return {check.name: check for check in preflight.contestants(changed)}
+
+    checks = found(own)
+    assert {name: check.state for name, check in checks.items()} == {
+        "candidate.model": "ok", "baseline.model": "ok", "baseline.adapter": "MISS",
+    }  # fmt: skip
+    assert "make bootstrap; or take the table out" in checks["baseline.adapter"].mend
+    assert checks["candidate.model"].spec == f"{own.candidate.model}@{own.candidate.revision}"  # type: ignore[attr-defined]
+    for name in ADAPTER_FILES:
+        (tmp_path / name).touch()
+    assert {check.state for check in found(own).values()} == {"ok"}
+
+    pinned = baseline.model_copy(update={"adapter": "org/v1", "adapter_revision": "c" * 40})
+    assert found(own.model_copy(update={"baseline": pinned}))["baseline.adapter"].spec == f"org/v1@{'c' * 40}"
+    loose = own.candidate.model_copy(update={"revision": ""})  # type: ignore[attr-defined]
+    check = found(own.model_copy(update={"candidate": loose}))["candidate.model"]
+    assert check.state == "MISS" and "set candidate.revision" in check.mend
+    served = found(own.model_copy(update={"written_by": "endpoint"}))
+    assert set(served) == {"candidate.served_as", "baseline.served_as", "base.served_as"}
+    assert {check.state for check in served.values()} == {"MISS"}
+    assert found(own.model_copy(update={"baseline": None})).keys() == {"candidate.model"}
+
+
+def test_a_model_that_is_not_on_the_hub_is_a_miss_that_says_which_setting_names_it(standin: StandinLog) -> None:
+    os.environ |= {"HF_ENDPOINT": os.environ["STANDIN_URL"], "HF_TOKEN": "good"}
+    check = partial(preflight.repository, "model", name="model x", where="what mlx.model names in the settings")
+
+    (there,) = check(repo="Qwen/Qwen3-8B", revision="b968826d9c46dd6066d109eabc6255188de91218")
+    (missing,) = check(repo="Qwen/Qwen3-8BB", revision="a" * 40)
+
+    assert (there.name, there.state, missing.state) == ("model x", "ok", "MISS")
+    assert missing.mend == "correct what mlx.model names in the settings"
+
+
+def test_where_mlx_cannot_be_installed_the_trial_is_warned_and_a_full_run_misses_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("mlx", "mlx.core", "mlx_lm"):
+        monkeypatch.setitem(sys.modules, name, None)  # as Python does: importing it fails
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    writes, how = estimate.load_params("03_compress", "trial", TRACK)
+    assert {check.state for check in preflight.generator(writes, how)} == {"ok"}, "the endpoint writes instead"
+
+    trains, params = estimate.load_params("14_train", "trial", TRACK)
+    _, measured = estimate.load_params("15_evaluate", "trial", TRACK)
+    for state in ("warn", "MISS"):
+        checks = preflight.trainer(trains, params, state) + preflight.contestants(measured, state)
+        assert [check.name for check in checks if check.state == state] == [
+            "training mlx.core", "training mlx_lm", "evaluation mlx.core", "evaluation mlx_lm",
+        ]  # fmt: skip
 
 
 def test_too_little_disk_or_memory_is_a_miss_with_the_figures(tmp_path: Path) -> None:
@@ -325,6 +385,8 @@ def test_the_trial_is_ready_without_a_key_or_a_step_by_hand(tmp_path: Path) -> N
         "tokenizer",
         "mlx.model",
         "mlx.adapter",
+        "training",
+        "baseline.adapter",
         "prices",
         "anthropic",
         "openai",
@@ -345,7 +407,8 @@ def test_a_full_run_that_lacks_things_says_all_of_them_at_once_and_stops_make(tm
 
     assert said.returncode == SettingsError.exit_code
     missed = re.findall(r"^  MISS  (\S+(?: \S+)*?)  ", said.stdout, re.MULTILINE)
-    assert {"run directory", "mlx.adapter", "budget"} <= set(missed)
+    assert {"run directory", "mlx.adapter", "baseline.adapter", "budget"} <= set(missed)
+    assert re.search(r"^  ok +model mlx-community/Qwen3-8B-4bit +open$", said.stdout, re.MULTILINE)
     assert said.stdout.count("next: ") >= len(missed), "every miss has its mend"
     assert re.search(rf"^{len(missed)} missing; nothing was spent$", said.stdout, re.MULTILINE)
 

@@ -32,13 +32,12 @@ from shared.generate import (
     Outcome,
     Sampling,
     compressed_or_reason,
-    from_reply,
     in_fewer_tokens,
+    served,
     store_path,
-    unfit,
 )
 from shared.llm.volume import Calls, Volume, tokens_of
-from shared.local_models import COMMIT, pinned
+from shared.local_models import COMMIT, mlx_is_spared, pinned
 from shared.receipts import same_apis
 from shared.records import Domain, Generation, Message, Pair, RawText, Sourced
 from shared.stage import Settings, Stage, run
@@ -132,23 +131,12 @@ def remote(
     stage: Stage[Params], server: EndpointSettings | TeacherSettings, prompt: Prompt, sampling: Sampling
 ) -> Iterator[tuple[RawText, Outcome]]:
     """Every record with what a server answered; as many under way as ``concurrency`` says, memory bounded."""
-    from shared.llm import Request
-
     models = stage.models
     models.require(server.model)
 
     async def one(record: RawText) -> Outcome:
         messages = prompt.messages(source_text(record))
-        if problem := unfit(messages):
-            return problem
-        request = Request(
-            model=server.model,
-            base_url=getattr(server, "base_url", ""),
-            messages=messages,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-        )
-        return from_reply(await models.ask(request))
+        return await served(models, server.model, getattr(server, "base_url", ""), messages, sampling)
 
     yield from models.map(one, stage.read(RawText), concurrency=server.concurrency)
 
@@ -191,7 +179,8 @@ def main(stage: Stage[Params]) -> None:
     params = where_there_is_no_mlx(stage.params)
     table = table_of(params)
     if params is not stage.params:
-        print(f"{stage.name}  mlx-lm is not installed here: {params.generator} writes instead", file=sys.stderr)
+        more = "; 14 to 16 train, measure and release nothing" if mlx_is_spared() else ""
+        print(f"{stage.name}  mlx-lm is not installed here: {params.generator} writes instead{more}", file=sys.stderr)
     prompt = Prompt(stage.prompt("system.txt"), stage.prompt("user.txt"))
     sampling = Sampling(params.temperature, params.max_tokens, params.seed)
     spec = pinned("tokenizer", params.tokenizer, params.tokenizer_revision, "tokenizer_revision")

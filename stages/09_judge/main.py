@@ -12,26 +12,23 @@ Cost: one call a conversation; about $0.0004 at claude-haiku-5-5.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from gates import Gates, go_no_go
-from pydantic import BaseModel, Field
+from pydantic import Field
 from rubric import Tally
 
 from shared.errors import SettingsError
-from shared.llm import Reply, Request, chat, fill
+from shared.judge import Judge, Judged, Unjudged
 from shared.llm.types import strict_schema
 from shared.llm.volume import Calls, Volume, tokens_of
-from shared.records import Conversation, Criterion, Domain, Judgement
-from shared.stage import ROOT, Settings, Stage, run
-from shared.text import squeezed
+from shared.records import Conversation, Domain
+from shared.stage import Settings, Stage, run
 
+PROMPTS = ("system", "judge")
 CRITERION_TOKENS, FEEDBACK_TOKENS, CONTEXT_TOKENS = 45, 60, 120
 """Of one criterion judged with its quote, of feedback and issues, and of the facts or profile; for the estimate."""
-TRIES = 3
-"""Times a judge that leaves criteria out is asked."""
 
 
 class Params(Settings):
@@ -46,60 +43,10 @@ class Params(Settings):
     max_tokens: int = Field(1500, ge=256)
 
 
-class JudgedCriterion(BaseModel):
-    """One criterion as the judge answers it."""
-
-    name: str
-    passed: bool
-    quote: str
-
-
-class Judged(BaseModel):
-    """The answer to ``judge.txt``."""
-
-    criteria: list[JudgedCriterion]
-    feedback: str
-    issues: list[str]
-
-
-def judgement(judged: Judged, record: Conversation, params: Params) -> Judgement:
-    """The judge's answer with every quote checked against the assistant's turns."""
-    said = squeezed(" ".join(m.content for m in record.messages if m.role == "assistant"))
-    answers = {row.name: row for row in judged.criteria}
-    criteria, issues = [], list(judged.issues)
-    for name in (*params.criteria, *record.patterns):
-        row = answers[name]
-        held = row.passed
-        if held and name in record.patterns and (not row.quote.strip() or squeezed(row.quote) not in said):
-            held = False
-            issues.append(f"{name}: the quote {row.quote!r} does not occur in the conversation")
-        criteria.append(Criterion(name=name, passed=held, quote=row.quote))
-    return Judgement(
-        model=params.judge,
-        criteria=tuple(criteria),
-        feedback=judged.feedback,
-        issues=tuple(issues),
-        passed=all(criterion.passed for criterion in criteria),
-    )
-
-
-def prompt_for(template: str, record: Conversation, params: Params, definitions: dict[str, str], profile: str) -> str:
-    """The request for one conversation, in words."""
-    rubric = [f"- {name}: {meaning}" for name, meaning in params.criteria.items()]
-    rubric += [f"- {name}: the assistant applies this pattern: {definitions[name]}" for name in record.patterns]
-    known = "\n\n".join(f"{g.chunk}\nQ: {g.question}\nA: {g.answer}" for g in record.grounding)
-    turns = "\n\n".join(f"{m.role}: {m.content}" for m in record.messages)
-    context = f"<facts>\n{known}\n</facts>\n" if known else ""
-    context += f"<profile>\n{profile}\n</profile>\n" if profile else ""
-    values = {"rubric": "\n".join(rubric), "context": context, "conversation": turns}
-    # In one pass, so that facts may say {conversation} themselves.
-    return fill(template, **values)
-
-
 def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
     """What 09 asks for these conversations, from an empty store; with patterns, two or three criteria more each."""
     here = Path(__file__).parent / "prompts"
-    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in ("system", "judge"))
+    prompt = sum(tokens_of((here / f"{name}.txt").read_text("utf-8")) for name in PROMPTS)
     criteria = len(params.criteria) + (2.5 if params.patterns else 0)
     rubric = criteria * sum(tokens_of(meaning) + 8 for meaning in params.criteria.values()) / len(params.criteria)
     count = sum(volume.records for volume in volumes.values())
@@ -111,55 +58,43 @@ def calls(params: Params, volumes: Mapping[Domain, Volume]) -> list[Calls]:
 def main(stage: Stage[Params]) -> None:
     # -- load
     p = stage.params
-    stage.models.require(p.judge)
-    system, template = stage.prompt("system.txt"), stage.prompt("judge.txt")
-    rows = tomllib.loads((ROOT / p.patterns).read_text("utf-8"))["patterns"] if p.patterns else []
-    definitions = {row["name"]: row["definition"] for row in rows}
-    profile = (ROOT / p.profile).read_text("utf-8").strip() if p.profile else ""
-
+    prompts = {name: stage.prompt(f"{name}.txt") for name in PROMPTS}
+    judge = Judge(
+        stage.models,
+        p.judge,
+        p.criteria,
+        prompts,
+        patterns=p.patterns,
+        profile=p.profile,
+        max_tokens=p.max_tokens,
+    )
     for record in stage.peek(Conversation):
         if record.generated_by == p.judge:
             raise SettingsError(
                 f"{p.judge} wrote these conversations and cannot judge them",
                 "set another judge in stages/09_judge/<run>.toml",
             )
-        if unknown := set(record.patterns) - set(definitions):
+        if undefined := judge.undefined(record):
             raise SettingsError(
-                f"no definition of {', '.join(sorted(unknown))}, which a conversation was to show",
+                f"no definition of {undefined}, which a conversation was to show",
                 "set `patterns` for this track in stages/09_judge/<run>.toml",
             )
 
     # -- process
-    async def judge(record: Conversation) -> tuple[Reply, str]:
-        request = Request(
-            model=p.judge,
-            messages=chat(system, prompt_for(template, record, p, definitions, profile)),
-            max_tokens=p.max_tokens,
-            response=Judged,
-        )
-        missing = ""
-        for attempt in range(TRIES):
-            reply = await stage.models.ask(request.model_copy(update={"repeat": attempt}))
-            if reply.problem:
-                break
-            left_out = {*p.criteria, *record.patterns} - {row.name for row in reply.parsed.criteria}
-            if not (missing := ", ".join(sorted(left_out))):
-                break
-        return reply, missing
-
-    # -- save
     tally = Tally()
-    for record, (reply, missing) in stage.models.map(judge, stage.read(Conversation), p.concurrency):
-        if reply.problem or missing:
-            stage.reject(record, reply.problem or "incomplete_rubric", reply.detail or f"not judged: {missing}")
+    for record, judgement in stage.models.map(judge.judge, stage.read(Conversation), p.concurrency):
+        if isinstance(judgement, Unjudged):
+            stage.reject(record, judgement.reason, judgement.detail)
             continue
-        judged = record.with_field(judgement=judgement(reply.parsed, record, p))
+        judged = record.with_field(judgement=judgement)
         tally.add(judged)
-        if judged.judgement.passed:
+        if judgement.passed:
             stage.keep(judged)
         else:
-            failed = [c.name for c in judged.judgement.criteria if not c.passed]
+            failed = [c.name for c in judgement.criteria if not c.passed]
             stage.reject(judged, "judged_" + failed[0].lower().replace(" ", "_").replace("-", "_"), ", ".join(failed))
+
+    # -- save
     stage.summary["criteria"] = tally.summary()
     stage.tables.append(tally.table())
     if p.gates is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,6 +39,19 @@ class Work:
     @property
     def state(self) -> Path:
         return self.directory / STATE
+
+    def measured(self, most: int) -> list[Row]:
+        """The rows the validation loss is measured on, the same each time: ``most`` of them, or all where that is 0."""
+        rows = sorted(self.valid, key=lambda row: row.example)  # ids are hashes: the first are a fair sample
+        return rows[: most or None]
+
+
+def say(line: str) -> None:
+    """A line on stderr, above the bar when there is one."""
+    from tqdm import tqdm
+
+    with suppress(OSError):  # `make full 2>&1 | tee log`: Ctrl-C ends tee first
+        tqdm.write(f"14_train  {line}", file=sys.stderr)
 
 
 class Trained(NamedTuple):

@@ -20,8 +20,6 @@ finished is not trained again unless ``RETRAIN=1``, as ``make stage14`` says.
 from __future__ import annotations
 
 import os
-import platform
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -39,9 +37,10 @@ from tinker_steps import PROMPT_TOKENS, TinkerTraining
 from shared.errors import MixedApisError, SettingsError
 from shared.llm.models import budget_from_env
 from shared.llm.volume import Calls, Volume
-from shared.receipts import AdapterMade, BaseModelUsed, Counts, TrainingData, TrainReceipt, read_train_receipt
+from shared.local_models import leave_out_without_mlx
+from shared.receipts import AdapterMade, BaseModelUsed, Counts, TrainingData, TrainReceipt, closing, read_train_receipt
 from shared.records import Domain, Example, Split, content_id
-from shared.stage import Settings, Stage, atomic, git_revision, packages, run, sha256_of, shown
+from shared.stage import Settings, Stage, atomic, run, sha256_of, shown
 
 
 class Params(Settings):
@@ -141,7 +140,7 @@ def receipt_of(
 ) -> TrainReceipt:
     """All that is known of a run whose files are written."""
     before = [loss.loss for loss in trained.losses if (loss.split, loss.step) == ("valid", 0)]
-    adapter, reasons = trained.adapter, dict(sorted(stage.rejected.items()))
+    adapter = trained.adapter
     return TrainReceipt(
         run=stage.run,
         track=stage.track,
@@ -151,7 +150,7 @@ def receipt_of(
         data=data,
         base_model=base,
         settings=stage.params.used(),
-        counts=Counts(planned=stage.planned, kept=stage.kept, rejected=stage.rejected.total(), reasons=reasons),
+        counts=Counts.of(stage),
         steps=trained.steps,
         trained_tokens=trained.trained_tokens,
         train_loss=round(recent([loss for loss in trained.losses if loss.split == "train"]), 6),
@@ -159,18 +158,14 @@ def receipt_of(
         checkpoints=trained.checkpoints,
         adapter=AdapterMade(rank=adapter.rank, scale=adapter.scale, modules=adapter.modules, tensors=adapter.tensors),
         files=files,
-        cost_usd=trained.cost_usd,
-        seconds=round(trained.seconds, 3),
-        finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        git=git_revision(),
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages=packages(),
+        **closing(trained.cost_usd, trained.seconds),
     )
 
 
 def main(stage: Stage[Params]) -> None:
     # -- load
+    if stage.params.backend == "mlx":
+        leave_out_without_mlx("nothing is trained")
     account = (stage.cache, stage.apis, stage.run, stage.track)
     backend = backend_of(stage.params, stage.services, lambda: Ledger(*account, budget_from_env()))
     made_by_the_same_apis(stage)

@@ -15,7 +15,6 @@ compiler takes 17 s and saves nothing.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from backends import Trained, Work
+from backends import Trained, Work, say
 from batches import rows_of_step
 from losses import Loss, LossLog
 from pydantic import Field
@@ -317,8 +316,7 @@ class Training:
         else:
             self._remember()
         self.log = LossLog(work.directory / "loss.jsonl", self.state.losses)
-        self.valid = sorted(work.valid, key=lambda row: row.example)  # ids are hashes: the first are a fair sample
-        self.valid = self.valid[: settings.valid_examples or None]
+        self.valid = work.measured(settings.valid_examples)
 
     def go(self) -> None:
         """Train to the last step; the state is saved on the way and at the end.
@@ -328,7 +326,7 @@ class Training:
         """
         settings, state = self.settings, self.state
         if state.step:
-            _say(f"14_train  goes on behind step {state.step} of {settings.iterations}")
+            say(f"goes on behind step {state.step} of {settings.iterations}")
         clock = time.monotonic() - state.seconds
         with self.work.progress(settings.iterations - state.step) as bar:
             if not state.step and not state.losses:
@@ -378,7 +376,7 @@ class Training:
         self._add(Loss(state.step, "valid", loss, tokens))
         train = [loss.loss for loss in self.log.of("train")[-self.settings.eval_every :]]
         mean = f"  train {sum(train) / len(train):.4f}" if train else ""
-        _say(f"14_train  step {state.step} of {self.settings.iterations}{mean}  validation {loss:.4f}")
+        say(f"step {state.step} of {self.settings.iterations}{mean}  validation {loss:.4f}")
         # Not step 0: there the adapter does nothing, and what is wanted is the best that was learnt.
         if state.step and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step = loss, state.step
@@ -426,10 +424,3 @@ def loss_of(model: Any, batch: Batch) -> tuple[Any, Any]:
 
 def _chunks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _say(line: str) -> None:
-    """A line on stderr, above the bar when there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)

@@ -4,7 +4,8 @@ A step is two requests, ``forward_backward`` and ``optim_step``, sent together; 
 is answered, so that the service never waits for us. Every ``save_every`` steps, and at the end, the service keeps the
 state (weights and optimizer), and the validation loss is measured. There is a state for every validation loss but the
 base model's, so the adapter is that of the state with the lowest: no other weights are ever exported but those of the
-last step. A killed run goes on behind its last state; what was paid beyond it is lost, counted and said.
+last step. A killed run goes on behind its last state; what was paid beyond it is lost, counted and said. One that
+is interrupted, or whose budget others have spent, has its state kept first (:mod:`leaving`) and loses nothing.
 
 The loss is the mean over the assistant tokens of a batch, in nats: every one of them weighs 1 / their number, and the
 service sums. It is computed here from the log-probabilities that come back, because not every server sends it. The
@@ -24,10 +25,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from backends import Trained, Work
+from backends import Trained, Work, say
 from rendering import Renderer
 from tinker_journal import Ledger
-from tinker_service import check, say
+from tinker_service import check
 from tinker_steps import Costs, TinkerTraining
 from tinker_training import Training
 

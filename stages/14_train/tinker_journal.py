@@ -7,7 +7,8 @@ for and from which state to go on::
     step     a batch is sent: paid, whatever becomes of it
     measure  the validation rows are sent
     keep     the service is asked to keep the state
-    saved    the service keeps the state after `step` (weights and optimizer) at `path`; with the losses up to it
+    saved    the service keeps the state after `step` (weights and optimizer) at `path`; with the losses up to it.
+             Behind the scheduled steps, and where a run was interrupted
     export   the weights after `step` are asked for
     exported they can be fetched from `path`
     resumed  a later process goes on behind `step`; `lost` steps had been paid beyond it
@@ -186,15 +187,15 @@ class Ledger:
             )
         return f"${left:,.4f} of BUDGET_USD={self.budget_usd:g} are left"
 
-    def pay(self, key: str, model: str, tokens: int, nano: int) -> None:
-        """Enter what is sent next.
+    def pay(self, key: str, model: str, tokens: int, nano: int, aside: int = 0) -> None:
+        """Enter what is sent next, if the budget holds that and ``aside`` nanodollars more.
 
         Raises:
-            BudgetError: the budget is spent, by other stages at the same time; it must not be sent.
+            BudgetError: it does not, for other stages spend at the same time; it must not be sent.
         """
-        self._runner.run(self._pay(key, model, tokens, nano))
+        self._runner.run(self._pay(key, model, tokens, nano, aside))
 
-    async def _pay(self, key: str, model: str, tokens: int, nano: int) -> None:
+    async def _pay(self, key: str, model: str, tokens: int, nano: int, aside: int) -> None:
         entry = Entry(
             key=key,
             model=model,
@@ -208,7 +209,7 @@ class Ledger:
         )
         reserved = 0
         if self.budget_usd is not None and nano:
-            while not await self._store.reserve(self.run, nano, round(self.budget_usd * NANO)):
+            while not await self._store.reserve(self.run, nano + aside, round(self.budget_usd * NANO)):
                 await asyncio.sleep(RESERVE_AGAIN_S)
-            reserved = nano
+            reserved = nano + aside
         await self._store.put_vectors(entry, {}, reserved)  # an answer that is not kept: the line alone

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import sys
 import threading
 import time
 import urllib.error
@@ -19,6 +18,8 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
+
+from backends import say
 
 from shared.errors import KeyMissingError, ProviderError, SettingsError, SynthmillError
 
@@ -46,13 +47,6 @@ class Answer(Protocol[R]):
 
     def result(self, timeout: float | None = None) -> R:
         """The answer, waited for."""
-
-
-def say(line: str) -> None:
-    """A line on stderr, above the bar when there is one."""
-    from tqdm import tqdm
-
-    tqdm.write(f"14_train  {line}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the SDK
@@ -197,10 +191,11 @@ class Waiting:
 
     Args:
         resume: what a person must know when it ends here: what is saved, and how to go on.
+        leave_at: looked at all the time: until when to wait at the longest, whatever for, by the monotonic clock.
     """
 
-    def __init__(self, resume: str) -> None:
-        self.resume = resume
+    def __init__(self, resume: str, leave_at: Callable[[], float] = lambda: float("inf")) -> None:
+        self.resume, self.leave_at = resume, leave_at
 
     def until(self, answer: Answer[T], what: str, deadline: float = float("inf")) -> T:
         """The answer. ``what`` ends the sentence "Tinker does not ...".
@@ -221,7 +216,7 @@ class Waiting:
             now = time.monotonic()
             if _voice.unpaid:
                 raise _unpaid(_voice.unpaid, self._again)
-            if now > deadline:
+            if now > min(deadline, self.leave_at()):
                 raise ProviderError(f"Tinker did not {what} in {now - started:.0f} s", self._again)
             if now < say_at:
                 continue

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from backends import Work
+from backends import Work, say
 from downloads import fetch_all
+from leaving import LEAVE_S, Leaving
 from losses import Loss, LossLog
 from rendering import Row
 from tinker_journal import Journal, Ledger, Saved
-from tinker_service import Waiting, goodbye, in_background, rest, say, sdk
+from tinker_service import Waiting, goodbye, in_background, rest, sdk
 from tinker_steps import (
     Costs,
     TinkerTraining,
@@ -41,7 +43,8 @@ BYTES_SAVED, BYTES_EXPORTED = 12, 4
 """Of each weight of an adapter: float32 with both moments of Adam; alone."""
 
 
-class Sent(NamedTuple):
+@dataclass
+class Sent:
     """What is under way; step 0 only measures. The futures are in the order in which they are answered."""
 
     step: int
@@ -65,8 +68,7 @@ class Training:
         self.settings, self.seed, self.work = settings, seed, work
         self.costs, self.ledger = costs, ledger
         self.steps = steps_of(settings, len(work.train))
-        self.valid = sorted(work.valid, key=lambda row: row.example)  # ids are hashes: the first are a fair sample
-        self.valid = self.valid[: settings.valid_examples or None]
+        self.valid = work.measured(settings.valid_examples)
         # Made on disk only when all that can be checked has been, the model at the service included.
         self.journal = Journal(work.state / "journal.jsonl")
         self.saved = self.step = self.journal.saved[-1].step if self.journal.saved else 0
@@ -109,6 +111,7 @@ class Training:
             SynthmillError: see :mod:`tinker_service`; the journal says from where it goes on.
         """
         journal, saved = self.journal, self.journal.saved
+        self.leaving, self.told, self.in_doubt = Leaving(), False, False
         if journal.training and self.step < self.steps:
             self._say_what_is_lost()
         self.client = sdk().ServiceClient(display_name=self.work.directory.stem)
@@ -171,40 +174,96 @@ class Training:
             ) from error
 
     def _steps(self, model: Any) -> None:
-        """From behind the last state to the end, with the next step always sent before the last is answered."""
-        under_way: deque[Sent] = deque()
-        with self.work.progress(self.steps - self.step) as bar:
-            if not self.step and self.valid:
-                under_way.append(Sent(0, [], 0.0, valid=self._measure(model, 0)))
-            while self.step < self.steps or under_way:
-                while self.step < self.steps and len(under_way) < AHEAD:
-                    under_way.append(self._send(model))
-                if self._settle(under_way.popleft()):
-                    bar.step()
+        """From behind the last state to the end, with the next step always sent before the last is answered.
 
-    def _send(self, model: Any) -> Sent:
+        Interrupted, or out of money, it has the state kept first, so that only a kill loses what is paid.
+        """
+        self.under_way: deque[Sent] = deque()
+        with self.leaving, self.work.progress(self.steps - self.step) as bar:
+            try:
+                if not self.step and self.valid:
+                    self._measure(model, one := Sent(0, [], 0.0))
+                    self.under_way.append(one)
+                while (self.step < self.steps or self.under_way) and not self.leaving.asked:
+                    while self.step < self.steps and len(self.under_way) < AHEAD:
+                        self._send(model)
+                    if self._settle():
+                        bar.step()
+            except Exception as error:
+                if not self.in_doubt:
+                    self._park(model)
+                    raise
+                if not self.leaving.interrupted:
+                    raise
+                self._say_not_saved(error)
+            else:
+                self._park(model)
+            if self.leaving.interrupted:
+                raise KeyboardInterrupt
+
+    def _park(self, model: Any) -> None:
+        """Have the state behind the last step kept, unless it is; where that fails, say so."""
+        if not self.journal.unsaved:
+            return
+        self.leaving.ask()
+        self._leave_at()
+        try:
+            while self.under_way:
+                self._settle()
+            if self.journal.unsaved:
+                self._keep(model, one := Sent(self.step, [], 0.0))
+                self.under_way.append(one)
+                self._settle()
+            if not self.leaving.interrupted:
+                say(self._resume)
+        except Exception as error:
+            self._say_not_saved(error)
+
+    def _leave_at(self) -> float:
+        """Until when to wait; says once that we are leaving."""
+        if self.leaving.asked and not self.told and self.journal.unsaved:
+            self.told = True
+            say(
+                f"leaving: the state behind step {self.step} of {self.steps} is saved first, in {LEAVE_S:.0f} s at "
+                "most; Ctrl-C leaves at once"
+            )
+        return self.leaving.deadline
+
+    def _say_not_saved(self, error: Exception) -> None:
+        what = error.what if isinstance(error, SynthmillError) else f"{type(error).__name__}: {error}"
+        say(f"not saved: {what}; {self.journal.unsaved} steps that were paid are lost")
+
+    def _send(self, model: Any) -> None:
         from tinker import types
 
         step, settings = self.step + 1, self.settings
         rows = batch_of(step, settings, self.seed, self.work.train)
         rate = learning_rate_of(step, settings, self.steps)
-        self._pay("step", step, self.costs.trained, sent(rows), self.costs.train(rows))
+        # With enough left to keep the state behind it, whatever other stages spend meanwhile.
+        self._pay("step", step, self.costs.trained, sent(rows), self.costs.train(rows), aside=self._state_nano())
         adam = types.AdamParams(learning_rate=rate, beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+        self.in_doubt = True
         loss, update = model.forward_backward(data_of(rows), "cross_entropy"), model.optim_step(adam)
-        state = valid = None
+        self.step, one = step, Sent(step, rows, rate, loss, update)
+        self.under_way.append(one)
+        self.in_doubt = False
         if is_saved(step, settings, self.steps):
-            self._pay("keep", step, self.costs.stored, 0, self._state_nano())
-            state = model.save_state(f"step-{step:06d}", ttl_seconds=settings.keep_days * 86_400)
-            valid = self._measure(model, step) if self.valid else None
-        self.step = step
-        return Sent(step, rows, rate, loss, update, state, valid)
+            self._keep(model, one)
+            if self.valid:
+                self._measure(model, one)
 
-    def _measure(self, model: Any, step: int) -> Any:
-        self._pay("measure", step, self.costs.asked, sent(self.valid), self.costs.measure(self.valid))
-        return model.forward(data_of(self.valid), "cross_entropy")
+    def _keep(self, model: Any, one: Sent) -> None:
+        self._pay("keep", one.step, self.costs.stored, 0, self._state_nano())
+        one.state = model.save_state(f"step-{one.step:06d}", ttl_seconds=self.settings.keep_days * 86_400)
 
-    def _settle(self, one: Sent) -> bool:
-        """Wait for what was sent, and log it; whether it was a step."""
+    def _measure(self, model: Any, one: Sent) -> None:
+        self._pay("measure", one.step, self.costs.asked, sent(self.valid), self.costs.measure(self.valid))
+        one.valid = model.forward(data_of(self.valid), "cross_entropy")
+
+    def _settle(self) -> bool:
+        """Wait for what was sent first, and log it; whether it was a step."""
+        self.in_doubt = True  # until all is answered: what the model is like behind a step that failed, nobody knows
+        one = self.under_way.popleft()
         if one.loss:
             loss = loss_of(one.rows, self._wait(one.loss, f"take step {one.step}"))
             self._wait(one.update, f"take step {one.step}")
@@ -230,6 +289,7 @@ class Training:
                 cost_usd=self.journal.nano / NANO,
             )
             self.fresh = []
+        self.in_doubt = False
         return bool(one.loss)
 
     def _log(self, loss: Loss) -> None:
@@ -241,13 +301,13 @@ class Training:
         self.log.add(loss)
         self.fresh.append(loss)
 
-    def _pay(self, event: str, step: int, model: str, tokens: int, nano: int) -> None:
+    def _pay(self, event: str, step: int, model: str, tokens: int, nano: int, aside: int = 0) -> None:
         """Enter what is sent next, in the ledger and then in the journal.
 
         Raises:
-            BudgetError: the budget is spent.
+            BudgetError: the budget is spent, or would not hold ``aside`` nanodollars more.
         """
-        self.ledger.pay(f"{self.journal.training}/{event}/{step}", model, tokens, nano)
+        self.ledger.pay(f"{self.journal.training}/{event}/{step}", model, tokens, nano, aside)
         after = (self.journal.nano + nano) / NANO
         self.journal.write(event, step=step, tokens=tokens, nano=nano, cost_usd=after)
 
@@ -292,7 +352,7 @@ class Training:
     # -- waiting
 
     def _wait(self, answer: Any, what: str) -> Any:
-        return Waiting(self._resume).until(answer, what)
+        return Waiting(self._resume, self._leave_at).until(answer, what)
 
     @property
     def _resume(self) -> str:

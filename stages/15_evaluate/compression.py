@@ -21,17 +21,16 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rules import RULES
-from scoring import Case, Score, Unmeasured, Values
+from scoring import Case, Score, Unmeasured, Values, judging
 
 from shared.errors import SettingsError
-from shared.estimate import load_stage
 from shared.generate import Outcome, compressed_or_reason, in_fewer_tokens
 from shared.llm import Models
 from shared.llm.volume import Calls, Volume
 from shared.local_models import on_hub
 from shared.panel import Panel, Unjudged
 from shared.records import Domain, Pair
-from shared.stage import ROOT, Settings, Stage, load_settings
+from shared.stage import Settings, Stage
 from shared.text import Tokenizer
 
 PANEL = "04_validate"
@@ -48,11 +47,6 @@ class CompressionSettings(Settings):
     judged_by: Path
     track: str
     rules: tuple[Literal["truncation", "stop_words"], ...] = ("truncation", "stop_words")
-
-    def load(self) -> tuple[Any, Any]:
-        """The stage whose panel is asked, and the settings of that panel."""
-        module = load_stage(PANEL)
-        return module, load_settings(ROOT / self.judged_by, module.Params, self.track)
 
     def task(self, stage: Stage[Any], cases: Sequence[Case]) -> Compression:
         """What measures these cases.
@@ -77,7 +71,7 @@ class CompressionSettings(Settings):
     def calls(self, models: int, volumes: Mapping[Domain, Volume]) -> list[Calls]:
         """What the panel is asked for these test examples, from a store that has 04's answers: half of what 04 asks,
         the compressed texts' half, for every contestant."""
-        module, params = self.load()
+        module, params, _ = judging(PANEL, self.judged_by, self.track)
         factor = (models + len(self.rules)) / 2
         asked = module.calls(params.model_copy(update={"limit": 0, "exhaustive": True}), volumes)
         return [
@@ -92,14 +86,13 @@ class Compression:
     metrics: tuple[str, ...] = METRICS
 
     def __init__(self, settings: CompressionSettings, models: Models, tokenizer: Tokenizer) -> None:
-        module, params = settings.load()
-        prompts = ROOT / "stages" / PANEL / "prompts"
+        _, params, prompts = judging(PANEL, settings.judged_by, settings.track)
         self.settings, self.tokenizer, self.concurrency = settings, tokenizer, params.concurrency
         self.panel = Panel(
             models,
             params.panel,
             params.tasks,
-            {name: (prompts / f"{name}.txt").read_text("utf-8") for name in module.PROMPTS},
+            prompts,
             embedder=params.embedder,
             dimensions=params.dimensions,
             max_tokens=params.max_tokens,

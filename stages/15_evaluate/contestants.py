@@ -17,9 +17,8 @@ from shared.generate import (
     MlxSettings,
     Outcome,
     Sampling,
-    from_reply,
+    served,
     store_path,
-    unfit,
 )
 from shared.local_models import COMMIT
 from shared.receipts import TrainReceipt, same_apis
@@ -102,7 +101,7 @@ def _writer(
     limits = {"batch_size": p.batch_size, "max_prompt_tokens": p.max_prompt_tokens}
     generator = MlxGenerator(
         MlxSettings.model_validate(where | adapter | limits),
-        Sampling(temperature=0.0, max_tokens=p.max_tokens, seed=0),
+        greedily(p),
         stage.services,
         table=name,
         needed_by="written_by = 'mlx'",
@@ -111,6 +110,11 @@ def _writer(
     )
     same_apis(generator.adapter, stage.apis)
     return Writer(name, generator.model, generator.adapter, generator, "")
+
+
+def greedily(params: Any) -> Sampling:
+    """How every contestant that is a model writes."""
+    return Sampling(temperature=0.0, max_tokens=params.max_tokens, seed=0)
 
 
 def written(stage: Stage[Any], writer: Writer, asks: Sequence[Ask]) -> list[Outcome]:
@@ -124,21 +128,10 @@ def written(stage: Stage[Any], writer: Writer, asks: Sequence[Ask]) -> list[Outc
 
 
 def _served(stage: Stage[Any], writer: Writer, asks: Sequence[Ask]) -> list[Outcome]:
-    from shared.llm import Request
-
     p, models = stage.params, stage.models
     models.require(writer.model)
 
     async def one(ask: Ask) -> Outcome:
-        if problem := unfit(ask.messages):
-            return problem
-        request = Request(
-            model=writer.model,
-            base_url=p.base_url,
-            messages=ask.messages,
-            max_tokens=p.max_tokens,
-            temperature=0.0,
-        )
-        return from_reply(await models.ask(request))
+        return await served(models, writer.model, p.base_url, ask.messages, greedily(p))
 
     return [outcome for _, outcome in models.map(one, asks, p.concurrency)]

@@ -13,21 +13,20 @@ data's, and would earn a contestant what it did not write. Of every case and con
 from __future__ import annotations
 
 import asyncio
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from scoring import Case, Score, Unmeasured, Values
+from scoring import Case, Score, Unmeasured, Values, judging
 
-from shared.estimate import load_stage
 from shared.generate import Outcome, answer
-from shared.llm import Models, Request, chat
+from shared.judge import Judge, Unjudged
+from shared.llm import Models
 from shared.llm.volume import Calls, Volume
 from shared.records import Conversation as Record
-from shared.records import Domain, Judgement, Message
-from shared.stage import ROOT, Settings, Stage, load_settings
+from shared.records import Domain, Message
+from shared.stage import Settings, Stage
 
 JUDGE = "09_judge"
 FIRST = ("usable", "pass_rate", "criteria_held")
@@ -41,18 +40,13 @@ class ConversationSettings(Settings):
     judged_by: Path
     track: str
 
-    def load(self) -> tuple[Any, Any]:
-        """The stage whose judge is asked, and its settings."""
-        module = load_stage(JUDGE)
-        return module, load_settings(ROOT / self.judged_by, module.Params, self.track)
-
     def task(self, stage: Stage[Any], cases: Sequence[Case]) -> Conversation:
         """What measures these cases."""
         return Conversation(self, stage.models)
 
     def calls(self, models: int, volumes: Mapping[Domain, Volume]) -> list[Calls]:
         """What the judge is asked for these test examples, at most: as 09 for whole ones, once for each contestant."""
-        module, params = self.load()
+        module, params, _ = judging(JUDGE, self.judged_by, self.track)
         return [
             Calls(c.model, c.calls * models, c.input_tokens * models, c.output_tokens * models, c.low, c.high)
             for c in module.calls(params, volumes)
@@ -63,22 +57,24 @@ class Conversation:
     """See the module."""
 
     def __init__(self, settings: ConversationSettings, models: Models) -> None:
-        self.module, self.params = settings.load()
-        self.models, self.concurrency = models, self.params.concurrency
-        prompts = ROOT / "stages" / JUDGE / "prompts"
-        self.system, self.template = ((prompts / f"{n}.txt").read_text("utf-8") for n in ("system", "judge"))
-        patterns, profile = self.params.patterns, self.params.profile
-        rows = tomllib.loads((ROOT / patterns).read_text("utf-8"))["patterns"] if patterns else []
-        self.definitions = {row["name"]: row["definition"] for row in rows}
-        self.profile = (ROOT / profile).read_text("utf-8").strip() if profile else ""
-        self.metrics: tuple[str, ...] = (*FIRST, *([ADHERENCE] if patterns else []), *self.params.criteria)
-        models.require(self.params.judge)
+        _, params, prompts = judging(JUDGE, settings.judged_by, settings.track)
+        self.concurrency = params.concurrency
+        self.judge = Judge(
+            models,
+            params.judge,
+            params.criteria,
+            prompts,
+            patterns=params.patterns,
+            profile=params.profile,
+            max_tokens=params.max_tokens,
+        )
+        self.metrics: tuple[str, ...] = (*FIRST, *([ADHERENCE] if params.patterns else []), *params.criteria)
 
     def fault(self, case: Case) -> Unmeasured | None:
         if not isinstance(case.item, Record):
             return Unmeasured("no_conversation", f"the example was made from a {type(case.item).__name__}")
-        if unknown := set(case.item.patterns) - set(self.definitions):
-            return Unmeasured("unknown_pattern", f"no definition of {', '.join(sorted(unknown))}")
+        if undefined := self.judge.undefined(case.item):
+            return Unmeasured("unknown_pattern", f"no definition of {undefined}")
         return None
 
     def usable(self, case: Case, outcome: Outcome) -> Outcome:
@@ -99,35 +95,15 @@ class Conversation:
 
     async def _score(self, case: Case, outcome: Outcome) -> Score | Unmeasured:
         assert isinstance(case.item, Record)
-        names = (*self.params.criteria, *case.item.patterns)
         if outcome.problem:
+            names = (*self.judge.criteria, *case.item.patterns)
             return self._as_score(case.item, dict.fromkeys(names, False), outcome)
         said = Message(role="assistant", content=outcome.text)
         exchange = case.item.model_copy(update={"messages": (case.example.messages[-2], said)})
-        judged = await self._judge(exchange, names)
-        if isinstance(judged, Unmeasured):
-            return judged
+        judged = await self.judge.judge(exchange)
+        if isinstance(judged, Unjudged):
+            return Unmeasured(judged.reason, f"judge {self.judge.model}: {judged.detail}")
         return self._as_score(case.item, {c.name: c.passed for c in judged.criteria}, outcome)
-
-    async def _judge(self, exchange: Record, names: Sequence[str]) -> Judgement | Unmeasured:
-        """As 09 does: a judge that leaves criteria out is asked again, quotes are checked."""
-        prompt = self.module.prompt_for(self.template, exchange, self.params, self.definitions, self.profile)
-        request = Request(
-            model=self.params.judge,
-            messages=chat(self.system, prompt),
-            max_tokens=self.params.max_tokens,
-            response=self.module.Judged,
-        )
-        missing = ""
-        for attempt in range(self.module.TRIES):
-            reply = await self.models.ask(request.model_copy(update={"repeat": attempt}))
-            if reply.problem:
-                return Unmeasured(reply.problem, f"judge {self.params.judge}: {reply.detail}")
-            missing = ", ".join(sorted(set(names) - {row.name for row in reply.parsed.criteria}))
-            if not missing:
-                judgement: Judgement = self.module.judgement(reply.parsed, exchange, self.params)
-                return judgement
-        return Unmeasured("incomplete_rubric", f"not judged: {missing}")
 
     def _as_score(self, record: Record, held: Mapping[str, bool], outcome: Outcome) -> Score:
         passed = {name: float(value) for name, value in held.items()}
@@ -135,7 +111,7 @@ class Conversation:
             "usable": float(not outcome.problem),
             "pass_rate": float(all(held.values())),
             "criteria_held": fmean(passed.values()),
-            **{name: passed[name] for name in self.params.criteria},
+            **{name: passed[name] for name in self.judge.criteria},
         }
         shown = {name: passed[name] for name in record.patterns}
         groups: dict[str, Values] = {name: {ADHERENCE: value} for name, value in shown.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from scoring import Case, Score
 
 from shared.generate import Outcome
 from shared.llm.catalogue import NANO
-from shared.receipts import Contestant, Counts, EvaluateReceipt, Gate, Metrics, TrainingData, TrainReceipt
-from shared.stage import Stage, git_revision, sha256_of, shown
+from shared.receipts import Contestant, Counts, EvaluateReceipt, Gate, Metrics, TrainingData, TrainReceipt, closing
+from shared.stage import Stage, sha256_of, shown
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "pydantic", "tokenizers", "transformers")
 
@@ -69,7 +68,6 @@ def receipt_of(
     """All that is known. ``splits`` are the examples read; ``started`` is of ``time.monotonic()``."""
     assert stage.input is not None  # it has been read
     counted = {"train": splits["train"], "valid": splits["valid"], "test": stage.kept}
-    reasons = dict(sorted(stage.rejected.items()))
     return EvaluateReceipt(
         run=stage.run,
         track=stage.track,
@@ -78,16 +76,10 @@ def receipt_of(
         apis=stage.apis,
         data=TrainingData(path=shown(stage.input), sha256=trained.data.sha256, limit=stage.limit, **counted),
         settings=stage.params.model_dump(mode="json"),
-        counts=Counts(planned=stage.planned, kept=stage.kept, rejected=stage.rejected.total(), reasons=reasons),
+        counts=Counts.of(stage),
         contestants=contestants,
         differences=changes,
         gates=gates,
         passed=all(gate.passed for gate in gates),
-        cost_usd=ever_paid_usd(stage),
-        seconds=round(time.monotonic() - started, 3),
-        finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        git=git_revision(),
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages=versions(),
+        **closing(ever_paid_usd(stage), time.monotonic() - started, versions()),
     )

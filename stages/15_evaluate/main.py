@@ -35,6 +35,7 @@ from tables import outcome_tables
 from shared.errors import MixedApisError, SettingsError
 from shared.generate import Ask, Outcome
 from shared.llm.volume import Calls, Volume
+from shared.local_models import leave_out_without_mlx
 from shared.receipts import TrainReceipt, read_train_receipt
 from shared.records import AnyItem, Domain, Example, Item
 from shared.stage import Settings, Stage, read_records, run, sha256_of, shown
@@ -145,6 +146,8 @@ def answers(task: Task, cases: Sequence[Case], wrote: Mapping[str, Sequence[Outc
 def main(stage: Stage[Params]) -> None:
     # -- load
     started, p = time.monotonic(), stage.params
+    if p.written_by == "mlx":
+        leave_out_without_mlx("nothing is measured")
     path = stage.output.with_name(TRAINED)
     trained, directory = read_train_receipt(path)
     fits(stage, trained)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
+from shared.estimate import load_stage
 from shared.generate import Outcome
 from shared.records import Example, Item
+from shared.stage import ROOT, load_settings
 
 Values = dict[str, float]
 """Figures of one contestant on one case, by metric."""
@@ -65,3 +68,10 @@ class Task(Protocol):
 
     async def scores(self, case: Case, outcomes: Sequence[Outcome]) -> list[Score] | Unmeasured:
         """The score of each contestant's usable outcome."""
+
+
+def judging(stage: str, settings: Path, track: str) -> tuple[Any, Any, dict[str, str]]:
+    """The stage whose panel or judge is asked: its module, its settings for a track, and its prompts by name."""
+    module, prompts = load_stage(stage), ROOT / "stages" / stage / "prompts"
+    texts = {name: (prompts / f"{name}.txt").read_text("utf-8") for name in module.PROMPTS}
+    return module, load_settings(ROOT / settings, module.Params, track), texts

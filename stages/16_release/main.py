@@ -18,7 +18,6 @@ Hub). Costs nothing; network only with ``PUSH=1``.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 
@@ -32,17 +31,19 @@ from staging import RELEASE, lay_out, repositories, told
 
 from shared.errors import SettingsError
 from shared.llm.catalogue import NANO
+from shared.local_models import leave_out_without_mlx
 from shared.receipts import (
     Counts,
     EvaluateReceipt,
     Reason,
     ReleaseReceipt,
     TrainReceipt,
+    closing,
     read_evaluate_receipt,
     read_train_receipt,
 )
 from shared.records import Example
-from shared.stage import Settings, Stage, git_revision, packages, run, sha256_of
+from shared.stage import Settings, Stage, run, sha256_of
 from shared.stats import open_store
 from shared.text import ScrubRules
 
@@ -135,6 +136,8 @@ def facts_of(
 def main(stage: Stage[Params]) -> None:
     # -- load
     started, p = time.monotonic(), stage.params
+    if not all(stage.output.with_name(name).exists() for name in (TRAINED, EVALUATED)):
+        leave_out_without_mlx("nothing is laid out for release")
     asked = wish(p.repo, p.dataset_repo, stage.apis)
     address, standin = target(stage.apis, stage.services) if asked.push else ("", False)
     train, evaluation, found = receipts(stage)
@@ -165,7 +168,6 @@ def main(stage: Stage[Params]) -> None:
     made = tuple(repositories(directory, facts))
     if asked.push:
         made = push(made, directory, asked.token, f"{train.run}/{train.track} {train.run_id}")
-    rejects = dict(sorted(stage.rejected.items()))
     receipt = ReleaseReceipt(
         run=stage.run,
         track=stage.track,
@@ -182,14 +184,8 @@ def main(stage: Stage[Params]) -> None:
         pushed=asked.push,
         endpoint=address,
         settings=p.model_dump(mode="json"),
-        counts=Counts(planned=stage.planned, kept=stage.kept, rejected=stage.rejected.total(), reasons=rejects),
-        cost_usd=facts.cost_usd,
-        seconds=round(time.monotonic() - started, 3),
-        finished_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        git=git_revision(),
-        python=platform.python_version(),
-        platform=platform.platform(),
-        packages=packages(),
+        counts=Counts.of(stage),
+        **closing(facts.cost_usd, time.monotonic() - started),
     )
     stage.write_receipt(receipt.line())
     stage.summary |= {"pushed": asked.push, "reasons": [reason.model_dump() for reason in found]}

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
+from shared.judge import Judged, judgement, prompt_for
 from shared.records import Conversation, Criterion, Judgement
 from shared.stage import load_settings
 from tests.conftest import ROOT, StandinLog
@@ -173,9 +174,8 @@ def judged(quote: str, passed: bool = True, name: str = PATTERN) -> Judgement:
     settings = load_settings(STAGE / "trial.toml", main.Params, "patterns")
     rows = [{"name": criterion, "passed": True, "quote": ""} for criterion in settings.criteria]
     rows.append({"name": name, "passed": passed, "quote": quote})
-    answer = main.Judged.model_validate({"criteria": rows, "feedback": "Fine.", "issues": []})
-    found: Judgement = main.judgement(answer, lesson(SHOWN), settings)
-    return found
+    answer = Judged.model_validate({"criteria": rows, "feedback": "Fine.", "issues": []})
+    return judgement(answer, lesson(SHOWN), settings.judge, settings.criteria)
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def judged(quote: str, passed: bool = True, name: str = PATTERN) -> Judgement:
     ],
 )
 def test_a_pattern_holds_only_with_a_quote_of_the_assistant(quote: str, passed: bool) -> None:
-    judgement = judged(quote)
-    assert judgement.passed is passed
-    assert any("does not occur" in issue for issue in judgement.issues) is not passed
+    found = judged(quote)
+    assert found.passed is passed
+    assert any("does not occur" in issue for issue in found.issues) is not passed
 
 
 def test_a_quote_does_not_make_up_for_a_failed_criterion() -> None:
@@ -242,7 +242,7 @@ def test_facts_may_contain_the_prompt_s_own_placeholders() -> None:
     grounding = record.grounding[0].model_copy(update={"chunk": "- The prompt has {conversation} and {rubric} in it."})
     record = record.model_copy(update={"grounding": (grounding,)})
     template = (STAGE / "prompts" / "judge.txt").read_text("utf-8")
-    prompt = main.prompt_for(template, record, settings, {}, "")
+    prompt = prompt_for(template, record, settings.criteria, {}, "")
     assert "has {conversation} and {rubric} in it" in prompt and prompt.count("It stops at 41 degrees.") == 1
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +40,9 @@ backend: Any = sys.modules["tinker_backend"]
 journals: Any = sys.modules["tinker_journal"]
 service: Any = sys.modules["tinker_service"]
 downloads: Any = sys.modules["downloads"]
+backends: Any = sys.modules["backends"]
+trainings: Any = sys.modules["tinker_training"]
+leaving: Any = sys.modules["leaving"]
 
 pytestmark = pytest.mark.skipif(
     not HAS_MLX or not (TINY / "model.safetensors").exists(),
@@ -128,6 +131,13 @@ class Place:
             return [dict(row) for row in store.rows("SELECT * FROM ledger WHERE run = ? ORDER BY id", "trial")]
         finally:
             store.close()
+
+    def losses(self) -> list[dict[str, Any]]:
+        """What ``loss.jsonl`` holds, by step."""
+        _, directory = self.receipt()
+        lines = [json.loads(line) for line in (directory / "loss.jsonl").read_text("utf-8").splitlines()]
+        assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+        return lines
 
     def files(self) -> dict[str, bytes]:
         """Every file of the run but its receipt, which holds times."""
@@ -394,6 +404,117 @@ def test_an_unpaid_bill_ends_the_run_which_goes_on_while_its_state_is_kept(place
     (tmp_path / "kept").rename(place.root / "standin")
     done = place.run()
     assert done.returncode == 0 and place.asked("optim_step") == 4, done.stderr
+
+
+# ---------------------------------------------------------------- leaving with what is paid saved
+
+
+@contextlib.contextmanager
+def at_work(place: Place, faults: str, until: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A run, and the lines it says, from when its journal holds some words."""
+    command = [sys.executable, str(STAGE / "main.py"), *place.flags]
+    environment = os.environ | place.environment(faults)
+    place.log.path.unlink(missing_ok=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    said: list[str] = []
+    assert process.stderr is not None
+    listening = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+    listening.start()
+    wait_until(lambda: any(until in j.read_text("utf-8") for j in place.output.parent.glob("*.part/state/*.jsonl")))
+    try:
+        yield process, said
+    finally:
+        process.kill()
+        process.wait()
+        listening.join(5)
+
+
+def wait_until(holds: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+def trained_steps(place: Place) -> list[int]:
+    return [int(line["key"].rpartition("/")[2]) for line in place.ledger() if "/step/" in line["key"]]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_saves_a_state_first_and_no_step_is_ever_repeated(place: Place, trained: Place) -> None:
+    place.settle(save_every=5)  # so that nothing is saved when the signal comes
+    with at_work(place, "future_slow@optim_step=2,slow_s=1", '"step":3') as (process, said):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    words = "".join(said)
+    assert words.count("the state behind step 3 of 6 is saved first, in 120 s at most") == 1, words
+    assert "stopped; the same command goes on behind step 3 of 6" in words and "lost" not in words, words
+    assert trained_steps(place) == [1, 2, 3] and place.asked("save_weights") == 1
+
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "goes on behind step 3 of 6\n" in done.stderr and place.asked("optim_step") == 3
+    assert trained_steps(place) == [1, 2, 3, 4, 5, 6], "each is paid once"
+    logged, alone = place.losses(), trained.losses()
+    assert [line for line in logged if line["split"] == "train"] == [x for x in alone if x["split"] == "train"]
+    valid, others = ({x["step"]: x["loss"] for x in log if x["split"] == "valid"} for log in (logged, alone))
+    assert list(valid) == [0, 5, 6] and (valid[0], valid[6]) == (others[0], others[6])
+    last = "checkpoints/last/adapters.safetensors"
+    assert place.files()[last] == trained.files()[last], "the same numbers to the last bit"
+    assert sum(line["nano"] for line in place.ledger()) == round(place.receipt()[0].cost_usd * 1e9)
+
+
+def test_a_budget_that_others_spend_meanwhile_still_holds_what_saving_costs(
+    place: Place, rows: list[Any], standin: StandinLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = steps.TinkerTraining(**SETTINGS | {"save_every": 6})
+
+    class Shared(journals.Ledger):  # type: ignore[misc]
+        """A ledger into which another stage enters all that is left, but for the price of a state, behind step 3."""
+
+        def pay(self, key: str, *args: Any) -> None:
+            if key.endswith("/step/4"):
+                super().pay("other/1", "anthropic/x", 1, round(1e9 * self.left()) - training.costs.store(12, 7))
+            super().pay(key, *args)
+
+        def left(self) -> float:
+            return float(self.budget_usd - self._store.spent_usd(self.run))
+
+    with connected():
+        bar = contextlib.nullcontext(SimpleNamespace(step=lambda: None))
+        work = backends.Work(tuple(rows), (), place.root / "run.part", lambda _: bar)
+        work.directory.mkdir()
+        costs = steps.Costs(settings.model, backend.weights_of(TINY, settings.rank))
+        ledger = Shared(place.root / "data" / "cache", "mock", "trial", "compression", 1.0)
+        training = trainings.Training(settings, 0, work, costs, ledger)
+        with pytest.raises(BudgetError, match=r"BUDGET_USD=1 is reached"):
+            training.go()
+        assert ledger.left() < 1e-9, "a state was paid with the last of it"
+        ledger.close()
+    saved = journals.Journal(work.state / "journal.jsonl")
+    assert [state.step for state in saved.saved] == [3] and saved.unsaved == 0
+    assert [loss.step for loss in saved.losses] == [1, 2, 3]
+    assert "the same command goes on behind step 3 of 6" in capsys.readouterr().err
+
+
+def test_the_first_ctrl_c_is_a_wish_the_second_a_blow_and_then_it_is_as_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with leaving.Leaving() as wish:
+        assert not wish.asked
+        signal.raise_signal(signal.SIGINT)
+        assert wish.asked and wish.interrupted and wish.deadline < time.monotonic() + leaving.LEAVE_S + 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_whoever_leaves_waits_no_longer_than_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKER_API_KEY", "tml-x")
+    service.sdk()
+    never, started = service.in_background(lambda: time.sleep(30)), time.monotonic()
+    with pytest.raises(ProviderError, match="Tinker did not take step 9 in 1 s"):
+        service.Waiting("the rest", lambda: started + 0.6).until(never, "take step 9")
+    assert time.monotonic() - started < 5
 
 
 # ---------------------------------------------------------------- before anything is paid
@@ -736,6 +857,6 @@ def test_preflight_holds_the_cost_of_training_against_the_budget(place: Place, m
 
 def test_preflight_checks_training_whether_or_not_the_spine_has_it() -> None:
     loaded = {("compression", "13_format"): load_params("13_format", "full", "compression")}
-    found, checks = preflight.training("full", loaded)
+    found, checks = preflight.beyond("full", loaded, preflight.TRAIN)
     assert list(found) == [("compression", "14_train")] and checks == []
     assert found["compression", "14_train"][1].backend == "tinker"

@@ -28,7 +28,7 @@ from shared.errors import SettingsError
 from shared.receipts import TrainReceipt, read_train_receipt
 from shared.records import Example, Message, content_id
 from shared.stage import load_settings
-from tests.conftest import run_stage
+from tests.conftest import copy_of_repository, make, run_stage
 from tests.tiny_qwen3 import CHAT_TEMPLATE, CORPUS, LAYERS, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -573,6 +573,37 @@ def test_without_mlx_the_message_names_the_way_out(model: Path, monkeypatch: pyt
     with pytest.raises(SettingsError, match="needs mlx-lm, which is not installed") as error:
         renderer(model)
     assert "make setup" in error.value.mend
+
+
+HIDE_MLX = """import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, package=None: None if name.startswith("mlx") else find(name, package)
+"""
+"""As a ``sitecustomize.py``: Python as it is on a machine where MLX cannot be installed."""
+
+
+@pytest.mark.slow
+def test_where_mlx_cannot_be_installed_the_trial_ends_well_and_says_what_it_left_out(tmp_path: Path) -> None:
+    copy = copy_of_repository(tmp_path / "synthmill")
+    (copy / "sitecustomize.py").write_text(HIDE_MLX, "utf-8")
+    data = [f"data/trial/{track}/13_format.jsonl" for track in ("compression", "grounded", "patterns")]
+    for name in data:
+        (copy / name).parent.mkdir(parents=True)
+        (copy / name).touch()
+        (copy / name).with_name("13_format.report.json").write_text('{"apis": "mock"}', "utf-8")
+    made = [argument for name in data for argument in ("-o", name)]  # as if all data were made
+
+    done = make(copy, *made, "trial", RUNNER="native")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
+    expected = ("nothing is trained", "nothing is measured", "nothing is laid out for release")
+    assert [line.partition(", because mlx-lm is not installed here")[0] for line in said] == [
+        f"left out: {what}" for what in expected
+    ]
+    assert not list((copy / "models" / "trial").rglob("1*.json")), "nothing pretends to be there"
+
+    done = make(copy, *made, "stage14", RUNNER="native")
+    assert done.returncode == 2 and "backend = 'mlx' needs mlx-lm" in done.stderr, "asked for by name, it fails"
 
 
 # ---------------------------------------------------------------- losses and settings

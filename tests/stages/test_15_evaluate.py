@@ -751,7 +751,8 @@ def test_a_gate_has_bounds_and_a_figure_that_nobody_has_fails() -> None:
 @pytest.mark.parametrize("track", ["compression", "grounded", "patterns"])
 def test_the_settings_of_both_runs_hold_for_every_track(run: str, track: str) -> None:
     params = load_settings(STAGE / f"{run}.toml", main.Params, track)
-    _, judges = params.task.load()
+    stage = "04_validate" if track == "compression" else "09_judge"
+    _, judges, _ = scoring.judging(stage, params.task.judged_by, params.task.track)
     assert params.task.track == track and run in str(params.task.judged_by)
     assert judges.panel if track == "compression" else judges.judge
     metrics = compression.METRICS if track == "compression" else ("usable", "pass_rate", "adherence")
