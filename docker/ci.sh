@@ -5,7 +5,8 @@
 #
 #     docker/ci.sh          # after make setup; works in a clone of HEAD, so it sees what is committed and leaves nothing
 #
-# NATIVE_TRIAL=1: the trial in data/trial and models/trial is a native one; it is what is compared with when it is of HEAD.
+# NATIVE_TRIAL=FILE: a native trial of HEAD is in data/trial and models/trial as soon as FILE exists, which is waited for;
+# it is what is compared with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -42,9 +43,10 @@ may_install() { [ "$(id -u)" = 0 ] && [ -f /etc/debian_version ] && command -v a
 install() {
     command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] && return
     shift
-    [ -n "${updated:-}" ] || apt-get update -qq >"$work/apt.log" 2>&1 || return
+    # Where a network only swallows what is sent, apt would wait for minutes on each of its servers.
+    [ -n "${updated:-}" ] || timeout 90 apt-get update -qq >"$work/apt.log" 2>&1 || return
     updated=yes
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >>"$work/apt.log" 2>&1
+    DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -qq -y --no-install-recommends "$@" >>"$work/apt.log" 2>&1
 }
 
 # The client must build with BuildKit: what a distribution calls `docker` may not have its buildx.
@@ -100,7 +102,7 @@ if [ -z "${BASE_IMAGE:-}" ] && ! ${limit:+timeout 120} docker pull -q "$default"
     may_install || skip "$default cannot be pulled, and this is not root on Debian or Ubuntu, who could make a base"
     install debootstrap debootstrap debian-archive-keyring || skip "debootstrap cannot be installed: $(tail -1 "$work/apt.log")"
     export BASE_IMAGE=synthmill-base:bookworm
-    debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" >"$work/debootstrap.log" 2>&1 ||
+    timeout 900 debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" >"$work/debootstrap.log" 2>&1 ||
         skip "$default cannot be pulled, and debootstrap makes no base: $(tail -1 "$work/debootstrap.log")"
     # Behind a proxy that signs for itself, the host's certificates are the ones that hold.
     cat "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" >"$work/base/etc/ssl/certs/ca-certificates.crt"
@@ -134,23 +136,27 @@ trial() {
     mv data/trial "$work/$1/data"
     mv models/trial "$work/$1/models"
 }
-unset BUDGET_USD LIMIT RUN STANDIN_URL
+unset BATCH BUDGET_USD LIMIT RUN STANDIN_URL
 export APIS=mock
-trial docker
-grep -q '^runner: docker' "$work/docker.log" || { echo "error: the trial did not run in containers" >&2; exit 1; }
 # of_head: whether every stage of the trial there ran on what the clone holds
 of_head() {
     local reports
     reports=$(find "$root/data/trial" "$root/models/trial" -name '*.report.json' 2>/dev/null)
     [ -n "$reports" ] && [ -z "$(xargs grep -L "\"git\": \"$(git rev-parse HEAD)\"" <<<"$reports")" ]
 }
+while [ -n "${NATIVE_TRIAL:-}" ] && [ ! -e "$NATIVE_TRIAL" ]; do sleep 1; done
 if [ -n "${NATIVE_TRIAL:-}" ] && of_head; then
     mkdir "$work/native"
     cp -R "$root/data/trial" "$work/native/data"
     cp -R "$root/models/trial" "$work/native/models"
+    # What 03 and 15 generated is not generated again: they run natively in either trial.
+    mkdir -p data/cache
+    cp "$root"/data/cache/generations_mock.sqlite* data/cache/
 else
     trial native
 fi
+trial docker
+grep -q '^runner: docker' "$work/docker.log" || { echo "error: the trial did not run in containers" >&2; exit 1; }
 # Reports, receipts and the card of the model hold times; a report also says where it was made.
 same=(--exclude='*.report.json' --exclude='.*.lock')
 diff -r "${same[@]}" "$work/docker/data" "$work/native/data"

@@ -33,6 +33,7 @@ BASE_URLS = (
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 OURS = {
     "APIS",
+    "BATCH",
     "BUDGET_USD",
     "ENGINE",
     "RUN",
@@ -220,8 +221,7 @@ def copy_of_repository(target: Path, origin: Path = ROOT) -> Path:
 
     The same files make the same commit, so two copies are two clones; a copy can be the origin of another.
 
-    ``.venv`` is a directory of links to ours, with a ``.setup`` of its own: set-up is done, and nothing that happens in
-    the copy touches the original.
+    Set-up is done in it, as in :func:`clone_of`.
     """
     listing = ["git", "-C", str(origin), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, capture_output=True, check=True).stdout.decode().split("\0")
@@ -238,6 +238,19 @@ def copy_of_repository(target: Path, origin: Path = ROOT) -> Path:
         ["-c", "commit.gpgsign=false", "commit", "-qm", "clone"],
     ):
         subprocess.run([*git, *command], check=True, env=os.environ | date)
+    _set_up(target)
+    return target
+
+
+def clone_of(origin: Path, target: Path) -> Path:
+    """A clone of the repository at ``origin``, as of its last commit, with set-up done: see :func:`_set_up`."""
+    subprocess.run(["git", "clone", "-q", str(origin), str(target)], check=True)
+    _set_up(target)
+    return target
+
+
+def _set_up(target: Path) -> None:
+    """Make ``.venv`` a directory of links to ours with a ``.setup`` of its own: nothing there touches the original."""
     venv = target / ".venv"
     venv.mkdir()
     for entry in (ROOT / ".venv").iterdir():
@@ -247,7 +260,6 @@ def copy_of_repository(target: Path, origin: Path = ROOT) -> Path:
         shutil.copy2(ROOT / "uv.lock", target / "uv.lock")
     (venv / ".setup").touch()  # newest of all: set-up is done
     (target / "uv.lock").touch()
-    return target
 
 
 @pytest.fixture

@@ -16,16 +16,16 @@ EXPORTS = sorted((ROOT / "docker" / "requirements").glob("*.txt"))
 REQUIREMENT = re.compile(r"^(?P<name>[a-z0-9._-]+)==(?P<version>\S+)", re.I)
 
 
-def lock() -> Any:
-    """docker/lock.py as a module."""
-    spec = importlib.util.spec_from_file_location("docker_lock", ROOT / "docker" / "lock.py")
+def script(name: str) -> Any:
+    """A script of docker/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docker_{name}", ROOT / "docker" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-GROUPS: tuple[str, ...] = lock().GROUPS
+GROUPS: tuple[str, ...] = script("lock").GROUPS
 
 
 def requirements(text: str) -> list[str]:
@@ -53,7 +53,7 @@ def test_there_is_one_export_for_every_group_and_one_for_uv() -> None:
 def test_the_export_is_what_uv_lock_says(group: str) -> None:
     assert (ROOT / "uv.lock").exists(), "uv.lock is made by: make setup"
     committed = (ROOT / "docker" / "requirements" / f"{group}.txt").read_text("utf-8")
-    assert lock().exported(group) == committed, "they differ: make lock, then commit docker/requirements"
+    assert script("lock").exported(group) == committed, "they differ: make lock, then commit docker/requirements"
 
 
 @pytest.mark.parametrize("path", EXPORTS, ids=lambda p: p.stem)
@@ -100,3 +100,20 @@ def test_the_lock_is_made_as_of_a_day_for_the_machines_we_run_on() -> None:
 
 def test_uv_lock_is_not_committed_because_it_names_a_host() -> None:
     assert "uv.lock" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
+
+
+NO_WHEELS = """error: No solution found when resolving dependencies
+  cause: Because mlx{sys_platform == 'linux'}==0.32.4 has no wheels with a matching platform tag (e.g.,
+  `manylinux_2_28_x86_64`) and you require mlx{sys_platform == 'linux'}==0.32.4, we can conclude that ..."""
+"""What uv 0.13.8 says with `--python-platform x86_64-manylinux_2_28`."""
+NO_INDEX = """error: No solution found when resolving dependencies
+  cause: Because there is no version of mlx{sys_platform == 'linux'}==0.32.4 and you require ..."""
+"""The same with `--offline`."""
+
+
+def test_set_up_leaves_mlx_out_only_where_it_is_not_made_for_the_machine() -> None:
+    has_no_wheels = script("setup").has_no_wheels
+    assert has_no_wheels("mlx", NO_WHEELS)
+    assert not has_no_wheels("mlx", NO_INDEX), "an index that cannot be reached is a failure"
+    assert not has_no_wheels("mlx", NO_WHEELS.replace("mlx", "daft")), "another package is needed"
+    assert not has_no_wheels("mlx", "")

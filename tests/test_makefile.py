@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -301,6 +303,25 @@ def test_every_stage_has_a_rule_a_help_line_and_its_settings() -> None:
             assert (ROOT / "stages" / stage / f"{run}.toml").exists()
     ruled = {stage for stage in re.findall(r"^\$\(call out,(\d\d_\w+),", makefile, re.M) if stage < "14"}
     assert ruled == set(STAGES), "and no rule is for a stage that does not exist"
+
+
+def test_make_test_runs_every_test_file_in_one_of_its_parts(run_make: Make) -> None:
+    plan = run_make("-n", "test").stdout
+    parts = [shlex.split(line)[3:] for line in plan.splitlines() if " -m pytest " in line]
+    assert len(parts) > 1
+
+    def runs(part: list[str], path: Path) -> bool:
+        flags = [flag.partition("=") for flag in part if flag.startswith("--")]
+        assert {name for name, _, _ in flags} <= {"--ignore", "--ignore-glob"}, "nothing else leaves anything out"
+        wanted = any(path.is_relative_to(ROOT / place) for place in part if not place.startswith("--"))
+        left_out = any(
+            fnmatch(str(path), value) if name == "--ignore-glob" else path.is_relative_to(ROOT / value)
+            for name, _, value in flags
+        )
+        return wanted and not left_out
+
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        assert sum(runs(part, path) for part in parts) == 1, path
 
 
 # ---------------------------------------------------------------- training, measuring, releasing

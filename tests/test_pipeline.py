@@ -1,4 +1,7 @@
-"""`make trial` in fresh clones: what it makes, that it is the same bytes every time, and that nothing is sent twice."""
+"""`make trial` in fresh clones: what it makes, that it is the same bytes every time, and that nothing is sent twice.
+
+The first of them is the trial that .ci/run has just made in this checkout, where it has: ``NATIVE_TRIAL``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from safetensors.numpy import load_file
 
 from shared.records import Example, Pair, RawText
 from shared.stage import read_records
-from tests.conftest import ROOT, StandinLog, closed_environment, copy_of_repository, environment_of, make
+from tests.conftest import ROOT, StandinLog, clone_of, closed_environment, copy_of_repository, environment_of, make
 from tests.tiny_qwen3 import make_model
 
 pytestmark = pytest.mark.slow
@@ -34,6 +37,8 @@ TRACKS = ("compression", "grounded", "patterns")
 VALIDATED = "data/trial/compression/04_validate.jsonl"
 PANEL, TASKS, CONCURRENCY = 2, 2, 8
 """Of stages/04_validate/trial.toml."""
+NATIVE_TRIAL = os.environ.get("NATIVE_TRIAL", "")
+"""A file: the messages (stderr) of `make trial` from nothing in this checkout, and behind them its processor time."""
 
 
 @dataclass
@@ -66,25 +71,53 @@ DATA = ("compression", "grounded", "patterns")
 """What makes all the data of a trial, and trains nothing."""
 
 
-def trial(root: Path, origin: Path, *flags: str) -> Clone:
-    with environment_of(closed_environment()):
-        clone = Clone(copy_of_repository(root, origin), StandinLog(root / "data" / "requests.log"), None, 0.0)  # type: ignore[arg-type]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        clone.done = clone.make(*flags)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        clone.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def trial(root: Path, *flags: str) -> Clone:
+    """Make a trial in the clone at ``root``."""
+    clone = Clone(root, StandinLog(root / "data" / "requests.log"), None, 0.0)  # type: ignore[arg-type]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    clone.done = clone.make(*flags)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    clone.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert clone.done.returncode == 0, clone.done.stdout[-2000:] + clone.done.stderr[-6000:]
     return clone
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def made_here(root: Path) -> Clone | None:
+    """A clone with the trial that was made in this checkout; None when there is none of exactly what is committed."""
+    said = Path(NATIVE_TRIAL).read_text("utf-8") if NATIVE_TRIAL else ""
+    head = git("rev-parse", "HEAD").strip()
+    reports = [path for run in ("data", "models") for path in (ROOT / run / "trial").rglob("*.report.json")]
+    from_nothing = "01_acquire  in " in said and "16_release  in " in said
+    of_head = reports and all(orjson.loads(path.read_bytes())["git"] == head for path in reports)
+    if not from_nothing or not of_head or git("status", "--porcelain"):
+        return None
+    clone_of(ROOT, root)
+    for name in git("ls-files", "-z").split("\0")[:-1]:
+        os.utime(root / name, (1_000_000_000, 1_000_000_000))  # older than what was made of it
+    for made in ("data/trial", "data/cache", "models/trial"):
+        shutil.copytree(ROOT / made, root / made, symlinks=True, ignore=shutil.ignore_patterns("*live*"))
+    seconds = re.search(r"^processor time: ([\d.]+) \+ ([\d.]+) s$", said, re.M)
+    assert seconds, f"{NATIVE_TRIAL} does not end as .ci/run has it"
+    done = subprocess.CompletedProcess(["make", "trial"], 0, "", said)
+    return Clone(root, StandinLog(root / "data" / "requests.log"), done, float(seconds[1]) + float(seconds[2]))
+
+
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("first") / "synthmill", ROOT, "-j1", "trial")
+    root = tmp_path_factory.mktemp("first") / "synthmill"
+    with environment_of(closed_environment()):
+        return made_here(root) or trial(copy_of_repository(root), "-j1", "trial")
 
 
 @pytest.fixture(scope="session")
 def second(first: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    return trial(tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone", first.root, "-j4", *DATA)
+    root = tmp_path_factory.mktemp("second") / "elsewhere" / "a-clone"
+    with environment_of(closed_environment()):
+        return trial(clone_of(first.root, root), "-j4", *DATA)
 
 
 # ---------------------------------------------------------------- what it makes
@@ -211,7 +244,7 @@ def test_live_after_mock_is_refused_with_the_command_that_clears_the_way(second:
 @pytest.fixture
 def unasked(first: Clone, tmp_path: Path) -> Iterator[Clone]:
     """A clone in which the trial got as far as 03; nothing is stored yet."""
-    root = copy_of_repository(tmp_path / "unasked", first.root)
+    root = clone_of(first.root, tmp_path / "unasked")
     target = root / "data" / "trial" / "compression"
     target.mkdir(parents=True)
     for mark in (first.root / "data" / "trial").glob(".*"):  # whose run it is, with which variables it was made

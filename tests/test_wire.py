@@ -222,6 +222,52 @@ def test_many_that_begin_together_learn_from_one(server: Server, by_sdk: list[st
     assert 1 <= len(by_sdk) <= 20
 
 
+@pytest.mark.parametrize("model", ALL)
+def test_a_rehearsal_goes_through_all_of_the_sdk_and_asks_nobody(
+    server: Server, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    cls: Any = PROVIDERS[model.partition("/")[0]]
+    came: list[Any] = []
+
+    async def run(method: str, rehearse: str) -> None:
+        original = getattr(cls, method)
+
+        async def noted(self: Any, *arguments: Any) -> Any:
+            came.append(await original(self, *arguments))
+            return came[-1]
+
+        monkeypatch.setattr(cls, method, noted)
+        provider = cls()
+        await getattr(provider, rehearse)()
+        await provider.close()
+
+    asyncio.run(run("_by_sdk", "rehearse"))
+    assert [answer.text for answer in came] == ["-"] and server.seen == []
+    if hasattr(cls, "rehearse_embeddings"):
+        asyncio.run(run("_embed_by_sdk", "rehearse_embeddings"))
+        assert [vector.tolist() for vector in came[1][0]] == [[1.0]] and server.seen == []
+
+
+def test_a_rehearsal_that_the_sdk_would_not_end_with_reaches_nobody_either(server: Server) -> None:
+    provider: Any = PROVIDERS["openai"]()
+
+    refused: list[TransientError] = []
+
+    async def work() -> None:
+        async def twice() -> None:
+            for _ in range(2):
+                try:
+                    await provider._by_sdk({"model": "-", "messages": []}, "", "")
+                except TransientError as error:
+                    refused.append(error)
+
+        await provider._line.rehearse(twice, b"{}")
+        await provider.close()
+
+    asyncio.run(work())
+    assert len(refused) == 2 and server.seen == []
+
+
 def test_what_the_sdk_sends_otherwise_is_left_to_the_sdk(server: Server, by_sdk: list[str]) -> None:
     provider = PROVIDERS["anthropic"]()
     wire = provider.wire(question(CLAUDE), catalogue().card(CLAUDE)) | {"extra_body": {"tier": "fast"}}

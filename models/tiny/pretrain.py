@@ -329,6 +329,12 @@ def new_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run left in its `--out`."""
+    weights: dict[str, torch.Tensor] = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return weights
+
+
 def pad_rows(rows: list[Row], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (tokens, targets), both [rows, longest]; a target is -100 where the next token is no answer."""
     longest = max(len(p) + len(a) for p, a in rows)
@@ -461,6 +467,7 @@ def write_recipe(path: Path, texts: list[Text], args: argparse.Namespace, result
         "# Written by pretrain.py.",
         "[settings]",
         *(f"{k} = {json.dumps(getattr(args, k))}" for k in keys),
+        *(f'{k} = "{path.name}"' for k in ("init", "mix") if (path := getattr(args, k))),
     ]
     lines += ["", "[result]", *(f"{k} = {json.dumps(v)}" for k, v in result.items())]
     for name, version, licence in sorted({(t.dist, t.version, t.licence) for t in texts}):
@@ -497,11 +504,12 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of system.txt and user.txt")
     p.add_argument("--cache", type=Path, help="file that keeps the corpus between runs; none = build it each time")
     p.add_argument("--init", type=Path, help="folder of weights to go on from, at full length; none = from scratch")
+    p.add_argument("--mix", type=Path, help="folder of weights that the result is the mean with; none = off")
     p.add_argument("--prose", type=float, default=0.5, help="share of examples that are prose, 0 to 1")
     p.add_argument("--seed", type=int, default=0, help="seed of corpus, tokenizer, weights and held-out texts")
     p.add_argument("--batch-seed", type=int, default=1, help="seed of the batches: another one for each --init")
     p.add_argument("--words", type=int, default=100, help="longest text trained on, in words, 20 or more")
-    p.add_argument("--steps", type=int, default=20_000, help="optimiser steps; 0 = corpus, tokenizer and recipe only")
+    p.add_argument("--steps", type=int, default=20_000, help="optimiser steps; 0 without --init = no model")
     p.add_argument("--minutes", type=float, default=1e9, help="stop training after this many minutes")
     p.add_argument("--batch-tokens", type=int, default=12_000, help="tokens in one step, padding included")
     p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
@@ -559,19 +567,26 @@ def main() -> None:
 
     write_heldout(sampler(held, args.seed + 2), args.out / "heldout.jsonl", per_cell=30)
     print(f"system prompt: {len(prefix)} tokens")
-    if args.steps == 0:
+    if args.steps == 0 and not args.init:
         write_recipe(args.out / "recipe.toml", training + held, args, {"steps": 0})
         return
 
     # ---- train ----
     model = new_model(args)
     if args.init:
-        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32).state_dict())
+        model.load_state_dict(weights_of(args.init))
     model = model.to(args.device)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters")
     system_ids = torch.tensor(prefix, device=args.device)
     began = time.monotonic()
     steps = train(model, sampler(training, args.batch_seed), system_ids, args)
+
+    if args.mix:  # two cycles of one model: the mean of their weights is better than either
+        mean = {
+            name: (a.cpu() + b) / 2
+            for (name, a), b in zip(model.state_dict().items(), weights_of(args.mix).values(), strict=True)
+        }
+        model.load_state_dict(mean)
 
     # ---- evaluate and save ----
     result: dict[str, Any] = {"steps": steps, "minutes": round((time.monotonic() - began) / 60, 1)}
