@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ from shared.stats import DATA, flags_for, open_store
 
 NETWORK_S = 10.0
 """For all network checks together, because they run at the same time."""
+SDKS = {"anthropic": "anthropic", "openai": "openai", "endpoint": "openai", "gemini": "google.genai"}
+"""What is imported to ask a provider."""
 PRICES_DAYS = 90
 """Older prices get a warning: vendors changed theirs four times in the half year the table covers."""
 TRAIN, EVALUATE = "14_train", "15_evaluate"
@@ -516,6 +518,9 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
         names = sorted(model.partition("/")[2] for model in models)
         if name in PROVIDERS:
             network[f"{name} {url}".strip()] = partial(provider, name, url, names)
+    for sdk in sorted({SDKS[name] for name, _ in asked if name in SDKS}):
+        with suppress(ImportError):  # its own check says so
+            importlib.import_module(sdk)  # seconds on a busy machine, which the network is not to answer for
     checks += at_once(network | {"docker": docker})
     need_disk, need_memory = needs(run, data, loaded)
     checks += [disk(data, need_disk), memory(need_memory)]

@@ -278,6 +278,14 @@ def run_stage(script: Path, *flags: str | Path, **environment: str) -> subproces
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+def patience(seconds: float) -> float:
+    """A limit in seconds for what takes a fraction of it on a machine that is not busy, more where others are waiting.
+
+    At most eight times as much: whatever has such a limit would otherwise take minutes.
+    """
+    return seconds * min(8.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
 def make(where: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `make` in a copy of the repository, as somebody would type it there."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "STANDIN_URL")} | environment
