@@ -323,7 +323,7 @@ def test_the_adapter_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> No
     # Learnt by heart: one answer to every question. Measured: another answer, which becomes ever less likely.
     learnt = [example(f"Say it {i}.", "note note note note note note") for i in range(4)]
     measured = [example(f"Say it {i}.", "value total record orbit crew", split="valid") for i in range(3)]
-    place = Place(tmp_path, [*learnt, *measured], epochs=8, save_every=2, learning_rate=3e-2)
+    place = Place(tmp_path, [*learnt, *measured], epochs=8, save_every=2, learning_rate=3e-3)
     done = place.run()
     assert done.returncode == 0, done.stderr
     receipt, directory = place.receipt()
