@@ -44,9 +44,9 @@ install() {
     command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ] && return
     shift
     # Where a network only swallows what is sent, apt would wait for minutes on each of its servers.
-    [ -n "${updated:-}" ] || timeout 90 apt-get update -qq >"$work/apt.log" 2>&1 || return
+    [ -n "${updated:-}" ] || timeout --foreground 90 apt-get update -qq >"$work/apt.log" 2>&1 || return
     updated=yes
-    DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install -qq -y --no-install-recommends "$@" >>"$work/apt.log" 2>&1
+    DEBIAN_FRONTEND=noninteractive timeout --foreground 180 apt-get install -qq -y --no-install-recommends "$@" >>"$work/apt.log" 2>&1
 }
 
 # The client must build with BuildKit: what a distribution calls `docker` may not have its buildx.
@@ -102,7 +102,7 @@ if [ -z "${BASE_IMAGE:-}" ] && ! ${limit:+timeout 120} docker pull -q "$default"
     may_install || skip "$default cannot be pulled, and this is not root on Debian or Ubuntu, who could make a base"
     install debootstrap debootstrap debian-archive-keyring || skip "debootstrap cannot be installed: $(tail -1 "$work/apt.log")"
     export BASE_IMAGE=synthmill-base:bookworm
-    timeout 900 debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" >"$work/debootstrap.log" 2>&1 ||
+    timeout --foreground 900 debootstrap --variant=minbase --include=python3-venv,ca-certificates bookworm "$work/base" >"$work/debootstrap.log" 2>&1 ||
         skip "$default cannot be pulled, and debootstrap makes no base: $(tail -1 "$work/debootstrap.log")"
     # Behind a proxy that signs for itself, the host's certificates are the ones that hold.
     cat "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" >"$work/base/etc/ssl/certs/ca-certificates.crt"
