@@ -41,7 +41,8 @@ def test_killed_at_half_ours_pays_nothing_twice_and_the_floor_pays_half(_own_env
         ours, floor = (field.killed(name, url, 50, 10, 60.0, 0) for name in field.OURS)
     assert (ours["paid_twice"], ours["different"], ours["rows"], ours["failed"]) == (0, 50, 50, "")
     assert ours["asked_again"] < 50
-    assert (floor["paid_twice"], floor["asked_again"], floor["different"]) == (25, 50, 50)
+    assert (floor["asked_again"], floor["different"]) == (50, 50)
+    assert 25 <= floor["paid_twice"] < 50, "more than half, when the kill came late"
 
 
 @pytest.mark.slow
