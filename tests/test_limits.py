@@ -95,9 +95,9 @@ def test_what_remains_is_sent_at_once_and_then_what_comes_in(file: Path, clock: 
     shared = Shared(file)
     _, ticket, _ = shared.take(ONE)
     assert ticket is not None
-    shared.heard(ticket, told(600, 5, form=form), answered=True)
+    shared.heard(ticket, told(600, 400, form=form), answered=True)
     other = Shared(file)  # another process has not heard it itself
-    assert at_once(other) == 5
+    assert at_once(other) == 400
     waits = [other.take(ONE)[0] for _ in range(3)]
     assert waits == pytest.approx([0.2, 0.3, 0.4]), "600 a minute, booked one after the other"
     clock.now += 60
@@ -124,17 +124,29 @@ def test_tokens_are_limited_as_requests_are(file: Path, clock: Clock) -> None:
 
 
 def test_what_others_took_meanwhile_is_not_taken_twice(file: Path, clock: Clock) -> None:
-    shared = known(file, 600, 10)
+    shared = known(file, 600, 400)
     _, first, _ = shared.take(ONE)
     assert first is not None
     for _ in range(4):
         shared.take(ONE)
-    shared.heard(first, told(600, 9), answered=True)  # said before the four others came in
-    assert at_once(shared) == 5
+    shared.heard(first, told(600, 399), answered=True)  # said before the four others came in
+    assert at_once(shared) == 399 - 4 * LEASE
+
+
+def test_a_limit_that_is_nearly_gone_at_the_first_answer_is_used_evenly(file: Path, clock: Clock) -> None:
+    shared = Shared(file)
+    tickets = [ticket for _, ticket, _ in (shared.take(ONE) for _ in range(START)) if ticket is not None]
+    clock.now += 0.1
+    shared.heard(tickets[0], told(1200, 19), answered=True)  # 20 in some window, where 1,200 a minute are told
+    apart = 1 / (20 * MARGIN)
+    assert shared.take(ONE)[0] == pytest.approx((START + 1) * apart - 0.05), "from the first call on, not from now"
+    assert shared.take(ONE)[0] == pytest.approx((START + 2) * apart - 0.05)
+    clock.now += limits.PACED_S + 60
+    assert at_once(shared) > 100, "and is believed again after a while"
 
 
 def test_a_refusal_against_the_headers_spreads_the_calls_evenly(file: Path, clock: Clock) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     shared.refused(0.5, overloaded=False)
     waits = [shared.take(ONE)[0] for _ in range(4)]
     apart = 1 / (20 * MARGIN)
@@ -155,7 +167,7 @@ def test_without_headers_the_rate_is_what_was_let_through(file: Path, clock: Clo
 
 
 def test_a_rate_that_was_lowered_comes_back_but_never_above_what_is_told(file: Path, clock: Clock) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     for _ in range(6):
         shared.refused(0.0, overloaded=False)
         clock.now += 3
@@ -168,7 +180,7 @@ def test_a_rate_that_was_lowered_comes_back_but_never_above_what_is_told(file: P
 
 
 def test_one_wave_of_refusals_is_one_signal(file: Path, clock: Clock) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     rates = [shared.refused(0.1, overloaded=False).buckets[0].rate for _ in range(20)]
     assert set(rates) == {20 * MARGIN}
     factors = [shared.refused(0.1, overloaded=True).factor for _ in range(20)]
@@ -178,7 +190,7 @@ def test_one_wave_of_refusals_is_one_signal(file: Path, clock: Clock) -> None:
 
 
 def test_retry_after_is_obeyed_by_all_and_has_a_cap(file: Path, clock: Clock) -> None:
-    one, two = known(file, 1200, 19), Shared(file)
+    one, two = known(file, 1200, 1199), Shared(file)
     one.refused(3600.0, overloaded=False)
     wait, ticket, _ = two.take(ONE)
     assert ticket is None and wait == pytest.approx(MAX_WAIT_S)
@@ -187,7 +199,7 @@ def test_retry_after_is_obeyed_by_all_and_has_a_cap(file: Path, clock: Clock) ->
 
 
 def test_without_an_answer_it_is_asked_less_and_less_often(file: Path, clock: Clock) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     start, tries = clock.now, 0
     while clock.now < start + 900:
         wait, ticket, _ = shared.take(ONE)
@@ -204,7 +216,7 @@ def test_without_an_answer_it_is_asked_less_and_less_often(file: Path, clock: Cl
 
 
 def test_concurrency_grows_by_one_a_round(file: Path) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     limiter = Limiter(shared, 16)
     for _ in range(3):
         limiter.refused(0.0, overloaded=True)
@@ -221,7 +233,7 @@ def test_concurrency_grows_by_one_a_round(file: Path) -> None:
 
 
 def test_a_clock_set_back_closes_nothing_for_longer(file: Path, clock: Clock) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     shared.refused(100.0, overloaded=False)
     for back in (30.0, 3600.0):
         clock.now -= back
@@ -233,13 +245,13 @@ def test_a_clock_set_back_closes_nothing_for_longer(file: Path, clock: Clock) ->
 def test_a_damaged_file_is_begun_anew(file: Path, content: bytes) -> None:
     file.parent.mkdir()
     file.write_bytes(content)
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     assert shared.look().buckets[0].rate == 20
     assert Shared(file).look().buckets[0].rate == 20
 
 
 def test_what_is_old_is_forgotten(file: Path, clock: Clock) -> None:
-    known(file, 1200, 19).refused(1.0, overloaded=False)
+    known(file, 1200, 1199).refused(1.0, overloaded=False)
     clock.now += limits.FORGET_S + 1
     assert at_once(Shared(file)) == START
 
@@ -247,7 +259,7 @@ def test_what_is_old_is_forgotten(file: Path, clock: Clock) -> None:
 def test_files_that_say_nothing_any_more_are_removed(tmp_path: Path) -> None:
     fresh, old = (limits.file_of(tmp_path, where, GPT, "") for where in ("http://127.0.0.1:1", "http://127.0.0.1:2"))
     for file in (fresh, old):
-        known(file, 1200, 19)
+        known(file, 1200, 1199)
     os.utime(old, (0, time.time() - limits.FORGET_S - 1))
     limits.forget_old(tmp_path)
     assert list(tmp_path.iterdir()) == [fresh]
@@ -261,12 +273,12 @@ def test_whoever_dies_before_anything_is_known_blocks_the_next_one_for_a_moment_
 
 def test_a_place_that_cannot_be_written_to_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    shared = known(tmp_path / "file" / "limits", 1200, 19)
-    assert at_once(shared) == 19
+    shared = known(tmp_path / "file" / "limits", 600, 400)
+    assert at_once(shared) == 400
 
 
 def test_a_process_stopped_in_the_middle_does_not_stop_the_others(file: Path) -> None:
-    shared = known(file, 1200, 19)
+    shared = known(file, 1200, 1199)
     with open(file, "rb") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
         started = time.monotonic()
@@ -363,7 +375,7 @@ def test_nothing_but_429_ends_with_a_sentence_and_few_calls(
 
 
 def test_a_new_run_has_patience_of_its_own(file: Path, clock: Clock) -> None:
-    first = Limiter(known(file, 1200, 19), 4)
+    first = Limiter(known(file, 1200, 1199), 4)
     for _ in range(100):
         first.refused(1.0, overloaded=False)
         clock.now += 10

@@ -7,9 +7,10 @@ learns, the others obey. Nothing in the file is held by anybody, so a killed pro
   the first rate-limit headers.
 - *Told.* Buckets of requests and of tokens, filled at limit / 60 a second and never taken for fuller than the headers
   say. While there is plenty, nothing waits.
-- *Paced.* A 429 all the same: the server counts in shorter windows than it tells. For :data:`PACED_S` calls go out
-  evenly, at :data:`MARGIN` of the limit; without one, at what was let through in the busiest of the last seconds. A
-  further refusal lowers the rate to that, at most by half; each second without one raises it, ever faster.
+- *Paced.* A 429 all the same, or more than half of a minute's limit gone at the first answer: the server counts in
+  shorter windows than it tells, or somebody else asks as well. For :data:`PACED_S` calls go out evenly, at
+  :data:`MARGIN` of the limit; without one, at what was let through in the busiest of the last seconds. A further
+  refusal lowers the rate to that, at most by half; each second without one raises it, ever faster.
 - *Overloaded* (529, or 503 with Retry-After): concurrency halves, at most once a second, and grows by one a round.
 - *Retry-After* closes the model for all processes, for at most :data:`MAX_WAIT_S`; without one, and after a long series
   of refusals, it closes for longer and longer.
@@ -97,6 +98,7 @@ class State:
     closed_until: float = 0.0
     places: float = -1.0  # calls that may start while nothing is known; below 0: something is
     window: float = 0.0  # of so many under way
+    began: float = 0.0  # when the first of them started
     widened: float = 0.0  # when; the first answer counts
     paced: float = 0.0  # since when; 0 = not
     slowed: float = 0.0  # when the rate was lowered last
@@ -133,7 +135,7 @@ class State:
 
 
 _SCALARS = tuple(f.name for f in fields(State) if f.name not in ("buckets", "passed"))
-_MAGIC = b"limits-1"
+_MAGIC = b"limits-2"
 _FORM = struct.Struct(f"<8s{len(_SCALARS) + 5 * len(BUCKETS) + MINUTE}d")
 
 
@@ -201,6 +203,7 @@ class Shared:
                 if state.places < 1:
                     return max(LOOK_AGAIN_S, closed), None, 0
                 state.places -= 1
+                state.began = state.began or now
             rated = [(bucket, cost) for bucket, cost in zip(state.buckets, costs, strict=True) if bucket.rate]
             plenty = state.calm and not closed and all(b.level > 4 * LEASE * cost for b, cost in rated)
             calls = LEASE if plenty else 1
@@ -216,6 +219,7 @@ class Shared:
     def heard(self, ticket: Ticket, headers: Mapping[str, str], answered: bool) -> State:
         """Learn from what came back; ``answered``: it was an answer. What is known then."""
         with self._state() as (state, now):
+            unknown = state.places >= 0
             if answered:
                 state.refused = 0.0
                 if state.places >= 0:
@@ -234,6 +238,13 @@ class Shared:
                 fresh = limit != bucket.told
                 if fresh:
                     bucket.told, bucket.rate, bucket.most = limit, limit / MINUTE, limit
+                    # More than half of a minute's limit is gone, and not by us: evenly from the first call on. When
+                    # that one reached the server is not known: half-way between its start and its answer.
+                    if n == 0 and unknown and remaining + ticket.taken[0] < limit / 2:
+                        state.paced = state.slowed = now
+                        bucket.pace(bucket.rate * MARGIN)
+                        bucket.level = min(0.0, bucket.rate * (now - state.began) / 2 - bucket.taken)
+                        continue
                 if n == 0 and state.paced:
                     bucket.pace(min(bucket.rate, limit / MINUTE * MARGIN))
                     continue
@@ -317,7 +328,7 @@ class Shared:
             return self._fresh(now)
         state.touched = min(state.touched, now)
         state.closed_until = min(state.closed_until, now + MAX_WAIT_S)
-        for name in ("widened", "slowed", "halved", "refused"):
+        for name in ("began", "widened", "slowed", "halved", "refused"):
             setattr(state, name, min(getattr(state, name), now))
         return state
 
