@@ -207,6 +207,7 @@ class Batches:
 
     async def _send_some(self, model: str, asks: Sequence[Ask]) -> tuple[str, dict[str, str]]:
         """The name of a new batch, and where each of the first questions is now."""
+        self.store.check_room()
         limits = batch_api(self._provider(model.partition("/")[0])).limits
         size, count = 0, 0
         for ask in asks[: min(limits.requests, self._most.get(model, limits.requests))]:
