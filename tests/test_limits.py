@@ -283,7 +283,7 @@ def test_a_process_stopped_in_the_middle_does_not_stop_the_others(file: Path) ->
         fcntl.flock(stopped, fcntl.LOCK_EX)
         started = time.monotonic()
         assert shared.take(ONE)[1] is not None
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
     assert shared.look().buckets[0].rate == 20
 
 

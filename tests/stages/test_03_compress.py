@@ -197,9 +197,9 @@ def test_cleaning_takes_off_what_is_no_answer(output: str, expected: str) -> Non
 
 @pytest.mark.parametrize("piece", ["a b ", "<think>", "</think>", "```\n", "<|im_end|>", "Compressed: ", "\n", "<"])
 def test_cleaning_a_runaway_output_takes_no_time(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     cleaning.clean(piece * 20_000, SOURCE)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 CONTENT = {

@@ -514,7 +514,7 @@ def test_whoever_leaves_waits_no_longer_than_until_then(monkeypatch: pytest.Monk
     never, started = service.in_background(lambda: time.sleep(30)), time.monotonic()
     with pytest.raises(ProviderError, match="Tinker did not take step 9 in 1 s"):
         service.Waiting("the rest", lambda: started + 0.6).until(never, "take step 9")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 # ---------------------------------------------------------------- before anything is paid
