@@ -27,6 +27,7 @@ variants  ours: the other providers' SDKs in `fast`, and `capped` from two proce
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import datetime
 import json
@@ -78,7 +79,7 @@ def once(
     rows.unlink(missing_ok=True)
     flags = [url, str(calls), str(concurrency), str(rows), str(state), str(save_every)]
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
-    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(place), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(place), "HF_HUB_OFFLINE": "1"}
     command = [python, "-m", f"benchmarks.peers.{peer}", *flags]
     ran = run(command, folder=place, environment=environment, limit_s=limit_s, kill_when=kill_when)
     delivered = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
@@ -278,6 +279,8 @@ def measure(flags: argparse.Namespace, peers: Sequence[str], scenarios: Sequence
         "newest": venvs.NEWEST,
     }
     print("installing", file=sys.stderr)
+    for part in ("shared", "benchmarks/peers"):  # as the others.
+        compileall.compile_dir(ROOT / part, quiet=2)
     found["peers"] = installed(peers)
     names = [*OURS, *(peer for peer in peers if not found["peers"][peer]["missing"])]
     calls = flags.calls

@@ -53,7 +53,8 @@ def install(peer: str, limit_s: float) -> dict[str, Any]:
             raise NotInstalledError("no time was left to install it")
         _uv(limit_s, "venv", "--quiet", "--clear", "--python", sys.executable, str(venv))
         files = ["--requirements", f"benchmarks/peers/{peer}.txt", "--constraints", "benchmarks/peers/constraints.txt"]
-        _uv(limit_s, "pip", "install", "--quiet", "--exclude-newer", NEWEST, "--python", str(python_of(peer)), *files)
+        flags = ["--quiet", "--compile-bytecode", "--exclude-newer", NEWEST, "--python", str(python_of(peer))]
+        _uv(limit_s, "pip", "install", *flags, *files)
         stamp.write_text(wanted, "utf-8")
     packages = len(list(venv.glob("lib/python*/site-packages/*.dist-info")))
     size = sum(path.lstat().st_size for path in venv.rglob("*") if path.is_file() and not path.is_symlink())

@@ -28,12 +28,15 @@ import orjson
 
 from shared.errors import KeyMissingError, ProviderError, SettingsError
 from shared.llm.catalogue import ModelCard
+from shared.llm.reexports import by_name
 from shared.llm.types import Answer, Request, Stop, Usage, strict_schema
 from shared.llm.wire import ATTEMPT, Hear, Line, Question
 from shared.records import Message
 
 TIMEOUT_S = 180.0
 """For one call. Our longest answers (3,000 tokens) take well under a minute; a hung socket is retried after this."""
+
+by_name()  # before an SDK is imported
 
 Wire = dict[str, Any]
 Vectors = tuple[list["array.array[float]"], Usage]
