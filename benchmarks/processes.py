@@ -65,7 +65,7 @@ def run(
             start_new_session=True,
         )
     peaks: dict[int, float] = {}
-    tree_peak, most, hung, looked = 0.0, 1, False, 0.0
+    tree_peak, most, hung, ending, looked = 0.0, 1, False, False, 0.0
     reaped = False
     try:
         while True:
@@ -79,7 +79,8 @@ def run(
                     peaks[pid] = max(size, peaks.get(pid, 0.0))
                 tree_peak, most = max(tree_peak, sum(sizes.values())), max(most, len(sizes))
             hung = hung or now - started > limit_s
-            if hung or (kill_when is not None and kill_when()):
+            ending = ending or hung or (kill_when is not None and kill_when())
+            if ending:  # it may take a while to die, and is not asked again meanwhile
                 kill(child.pid)
             time.sleep(0.005 if kill_when else 0.02)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sqlite3
@@ -424,6 +425,71 @@ def test_two_processes_that_ask_the_same_at_once_pay_once(cloud: StandinWith, ca
     assert max(served(log).values()) == 1 and len(rows(cache, "SELECT key FROM ledger")) == NUMBER and settled(cache)
 
 
+def paced(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    monkeypatch.setitem(batch_module.PACES, "mock", batch_module.PACES["mock"]._replace(**seconds))
+
+
+def killed_when_created(cache: Path) -> None:
+    def run() -> None:
+        with models(cache) as opened:
+            asked(opened, CLAUDE)
+
+    killed_after(AnthropicBatches, "create", run)
+
+
+def test_a_batch_that_is_not_listed_yet_after_a_kill_is_waited_for_however_long_its_upload_took(
+    cloud: StandinWith, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = cloud()
+    killed_when_created(cache)
+    with contextlib.closing(sqlite3.connect(cache / "mock.sqlite")) as db, db:
+        db.execute("UPDATE batches SET at = at - 300")
+    paced(monkeypatch, settle=1.0)
+    find, listed_at = AnthropicBatches.find, time.monotonic() + 0.7
+
+    async def late(*of: Any) -> tuple[str, bool]:
+        return await find(*of) if time.monotonic() > listed_at else ("", True)
+
+    monkeypatch.setattr(AnthropicBatches, "find", late)
+    with models(cache) as opened:
+        assert all(reply.text for reply in asked(opened, CLAUDE))
+    assert len(batches_of(log)) == 1 and max(served(log).values()) == 1 and settled(cache)
+
+
+def test_whoever_asks_other_things_brings_in_what_a_killed_one_left_and_says_nothing_of_it_at_the_end(
+    cloud: StandinWith, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloud()
+    killed_when_created(cache)
+    with models(cache) as opened:
+
+        async def until_all_is_in() -> None:
+            assert (await opened.ask(question(GPT, 99))).text
+            assert opened._batches
+            while not settled(cache):
+                opened._batches.sweep()  # as whoever waits for the budget does
+                await asyncio.sleep(0.05)
+
+        opened.one(asyncio.wait_for(until_all_is_in(), 20))
+    said = capsys.readouterr().err
+    assert "found again" in said and "go on without us" not in said
+    assert len(rows(cache, "SELECT key FROM replies")) == NUMBER + 1
+
+
+def test_a_store_without_batches_is_swept_before_anything_was_asked(cloud: StandinWith, cache: Path) -> None:
+    cloud()
+    Store(cache / "mock.sqlite").close()
+    with models(cache) as opened:
+
+        async def sweep() -> None:
+            assert opened._batches
+            opened._batches.sweep()
+            await asyncio.gather(*opened._batches._tasks)
+
+        opened.one(sweep())
+    assert rows(cache, "SELECT COUNT(*) FROM batches") == [(0,)]
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -469,6 +535,20 @@ def test_a_batch_that_fails_or_is_gone_is_asked_directly(
     assert batches_of(log) == [] or model == CLAUDE
     (at_most,) = rows(cache, "SELECT nano FROM ledger WHERE key LIKE 'batch %'")
     assert spent(cache) > before + at_most[0] and settled(cache), "what it may have cost is counted"
+
+
+@pytest.mark.parametrize("model", HOSTED)
+def test_a_young_batch_that_the_key_does_not_know_is_not_paid_again(
+    cloud: StandinWith, cache: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    paced(monkeypatch, known=3600.0)
+    monkeypatch.setattr(batch_module, "PATIENCE_S", 0.5)
+    log = cloud(faults=f"batch_gone@{CREATES[model]}=1")
+    said = r"0 min ago: is the key another project's now\?; batch \S+ goes on there"
+    with pytest.raises(ProviderError, match=said), models(cache) as opened:
+        asked(opened, model)
+    assert not any(line["path"].endswith(ASKS[model]) for line in log.requests())
+    assert len(rows(cache, "SELECT key FROM batched")) == NUMBER, "they are still waited for"
 
 
 def test_a_provider_that_takes_fewer_at_once_gets_fewer_at_once(

@@ -32,7 +32,7 @@ from shared.errors import ProviderError, SettingsError, SynthmillError
 from shared.llm.batch_apis import APIS, MARGIN, BatchApi, State, batch_api, custom_id
 from shared.llm.catalogue import catalogue
 from shared.llm.journal import Ask, Batch, Journal
-from shared.llm.providers import BadRequestError, NotFoundError, Provider, TransientError
+from shared.llm.providers import BadRequestError, NotFoundError, Provider, TransientError, check_key
 from shared.llm.store import Entry, Store
 from shared.llm.types import Answer
 
@@ -56,6 +56,7 @@ class Pace(NamedTuple):
         quiet: without a new question, until those that wait are sent.
         poll: between two looks at a batch; half as long again after each, up to ``most``.
         settle: until a batch that was created must be in the provider's list.
+        known: until a batch that the provider does not know is believed to be gone; before, the key is another one.
         tell: between two lines about what is waited for.
     """
 
@@ -63,10 +64,11 @@ class Pace(NamedTuple):
     poll: float
     most: float
     settle: float
+    known: float
     tell: float
 
 
-PACES = {"live": Pace(5.0, 30.0, 60.0, 60.0, 60.0), "mock": Pace(0.05, 0.05, 0.5, 0.0, 10.0)}
+PACES = {"live": Pace(5.0, 30.0, 60.0, 60.0, 86_400.0, 60.0), "mock": Pace(0.05, 0.05, 0.5, 0.0, 0.0, 10.0)}
 
 
 def batch_from_env() -> bool:
@@ -98,6 +100,7 @@ class Batches:
 
     Attributes:
         creating: calls under way that create a batch; better not cut off.
+        closing: set when nothing new is to be sent: what was refused is not tried again.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Batches:
         self._whose = (run, track, stage)
         self._run, self._stage, self._budget_nano, self._pace = run, stage, budget_nano, PACES[apis]
         self.creating: set[asyncio.Task[Any]] = set()
+        self.closing = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._opening: asyncio.Task[None] | None = None
         self._waiting: dict[str, list[tuple[Ask, asyncio.Future[str]]]] = {}
@@ -125,6 +129,9 @@ class Batches:
         self._most: dict[str, int] = {}  # requests that a provider takes of us at once, where that was too many
         self._told_at = time.monotonic()
         self._swept_at = float("-inf")
+        self._orphans: dict[str, float] = {}  # since when we know that nobody creates it any more
+        self._adopted: set[str] = set()
+        self._unseen: set[str] = set()  # of which we said that they cannot be looked at
         self._told_waiting = False
 
     async def answer(self, ask: Ask) -> Answer | None:
@@ -133,9 +140,7 @@ class Batches:
         Raises:
             BudgetError, KeyMissingError, ProviderError: nothing more can be sent.
         """
-        if self._opening is None:
-            self._opening = self._spawn(self._open())
-        await asyncio.shield(self._opening)
+        await self._opened()
         while True:
             name = self.journal.batch_of(ask.key) or await self._gather(ask)
             sent = not name or await asyncio.shield(self._follow(name))
@@ -143,21 +148,41 @@ class Batches:
             if answer is not None or sent:
                 return answer
 
-    async def _open(self) -> None:
-        await self.journal.open()
-        self._spawn(self.sweep())
+    async def _opened(self) -> None:
+        if self._opening is None:
+            self._opening = self._spawn(self.journal.open())
+            self.sweep()
+        await asyncio.shield(self._opening)
 
-    async def sweep(self) -> None:
-        """Look once at every batch of the run that nobody waits for: it may have ended, and free its budget."""
-        if time.monotonic() - self._swept_at < self._pace.poll:
-            return
-        self._swept_at = time.monotonic()
-        for batch in self.journal.waiting(self._run):
+    def sweep(self) -> None:
+        """Begin to look at every batch of the run that nobody waits for: it may have ended, and free its budget."""
+        if time.monotonic() - self._swept_at >= self._pace.poll:
+            self._swept_at = float("inf")  # one at a time
+            self._spawn(self._sweep())
+
+    async def _sweep(self) -> None:
+        try:
+            await self._opened()
+            for batch in self.journal.waiting(self._run):
+                ours = batch.name in self._adopted or self.journal.abandoned(batch)
+                if ours and batch.name not in self._following:
+                    await self._look_once(batch)
+        finally:
+            self._swept_at = time.monotonic()
+
+    async def _look_once(self, batch: Batch) -> None:
+        over: bool | None = True
+        try:
             provider = self._provider(batch.model.partition("/")[0])
-            waited_for = batch.name in self._following or not self.journal.abandoned(batch)
-            if not waited_for and any(os.environ.get(name) for name in provider.key_names):
-                with contextlib.suppress(SynthmillError, TransientError):
-                    await self._step(batch, batch_api(provider))
+            check_key(provider)
+            over = await self._step(batch, batch_api(provider))
+        except (SynthmillError, TransientError) as error:
+            if batch.name not in self._unseen:
+                self._unseen.add(batch.name)
+                _say(f"batch {batch.id or batch.name} of {batch.model} keeps its part of BUDGET_USD: {error}")
+        finally:
+            if over is not None and batch.name not in self._following:
+                self._stands.pop(batch.name, None)
 
     def under_way(self) -> str:
         """What is waited for here, ``2 batches with 340 requests``; ``""`` for nothing."""
@@ -226,7 +251,7 @@ class Batches:
         if not self._told_waiting:
             self._told_waiting = True
             _say("waiting: the rest of BUDGET_USD is set aside for batches and calls under way")
-        await self.sweep()
+        self.sweep()
         await asyncio.sleep(self._pace.poll)
 
     # ------------------------------------------------------------ one batch
@@ -279,6 +304,9 @@ class Batches:
             except TransientError as error:
                 pause, tries = min(self._pace.most, pause * 2), tries + 1
                 refused_for = time.monotonic() - started
+                if error.limited and self.closing:
+                    await self.journal.take_back(batch)
+                    raise
                 # Refused, it is not created, and may be taken when others of ours have ended.
                 if error.limited and (refused_for < PATIENCE_S or len(self._following) > 1):
                     await asyncio.sleep(max(pause, error.after_s or 0.0))
@@ -326,6 +354,10 @@ class Batches:
             self._stands[batch.name] = (batch, state.said)
             return await self._fetch(batch, api, state) if state.ended else None
         except NotFoundError as error:
+            if (age := time.time() - batch.at) < self._pace.known:
+                raise TransientError(
+                    f"{error.what}, which was created {age / 60:.0f} min ago: is the key another project's now?"
+                ) from error
             missing = await self.journal.finish(batch, at_most=True)
             _say(
                 f"batch {batch.id} of {batch.model} is not there any more ({error.what}): {missing:,} requests are "
@@ -336,9 +368,13 @@ class Batches:
     async def _look_for(self, batch: Batch, api: BatchApi) -> bool | None:
         """A batch without an id: its process is about to create it, or was killed."""
         if batch.owner != self.store.owner:
-            early = time.time() < batch.at + self._pace.settle
-            if early or not self.journal.abandoned(batch) or not await self.journal.adopt(batch):
+            if not self.journal.abandoned(batch):
                 return None
+            # It may have died in the call that creates it, and providers take a while to list what they have taken.
+            since = self._orphans.setdefault(batch.name, time.monotonic())
+            if time.monotonic() < since + self._pace.settle or not await self.journal.adopt(batch):
+                return None
+            self._adopted.add(batch.name)
         if identity := await self._found(batch, api):
             _say(f"batch {identity}: found again, {batch.requests:,} requests to {batch.model}")
             await self.journal.created(batch.name, identity)

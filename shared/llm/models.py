@@ -126,6 +126,8 @@ class Models:
     async def _close(self) -> None:
         """Keep the answers under way, send no new question, then close the clients."""
         self._closing = True
+        if self._batches:
+            self._batches.closing = True
         creating = self._batches.creating if self._batches else set()
         self._sent |= creating
         tasks = set(self._inflight.values()) | creating
@@ -376,7 +378,7 @@ class Models:
 
         That takes up to seconds in which nothing else is done, and an answer that came meanwhile would not be kept yet.
         """
-        for name, provider in self._providers.items():
+        for name, provider in list(self._providers.items()):
             await provider.rehearse()
             if isinstance(provider, OpenAI) and name in self._embedders:
                 await provider.rehearse_embeddings()
@@ -456,7 +458,7 @@ class Models:
                 if await self.store.reserve(self.run, nano, self.budget_nano):
                     return nano
             if self._batches:
-                await self._batches.sweep()
+                self._batches.sweep()
             elif (aside := set_aside(self.store, self.run)) and self._spent() + aside + nano > self.budget_nano:
                 # Nobody here looks at those batches: waiting for them would never end.
                 raise BudgetError(

@@ -566,8 +566,8 @@ class Gemini:
             raise TransientError(f"gemini: {type(error).__name__} {error}") from error
         except errors.APIError as error:
             raise _status_error("gemini", error, error.code, spent=_gemini_limit(error)) from error
-        except json.JSONDecodeError as error:
-            raise TransientError(f"gemini answered 200 with broken JSON: {error}") from error
+        except (KeyError, ValueError) as error:  # broken JSON, or an upload that was not taken to its end
+            raise TransientError(f"gemini answered 200 with something unreadable: {error}") from error
 
     def answer(self, reply: Any) -> Answer:
         """What the SDK's ``GenerateContentResponse`` says.

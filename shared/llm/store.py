@@ -3,8 +3,8 @@
 An answer and its price enter in one transaction, before the answer is used: there is no moment at which we have paid
 and do not know it, except between the provider's last byte and our commit. So a commit is made at once, by one thread,
 and survives from then on whatever becomes of this process; another thread brings it to the disk, where it survives a
-power failure too, and only then tells the caller. What is ready at the same time shares a commit, what is committed
-while the disk is busy shares the next sync.
+power failure too (on macOS: as far as fsync goes), and only then tells the caller. What is ready at the same time
+shares a commit, what is committed while the disk is busy shares the next sync.
 
 ``data/cache/mock.sqlite`` and ``data/cache/live.sqlite`` are separate files: a stand-in's answer is never a live one.
 """
@@ -439,8 +439,9 @@ def _dead(lock: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with contextlib.suppress(OSError):
-            lock.unlink()
+        if os.fstat(fd).st_nlink:  # else another process removed it, and the name may be a living one's by now
+            with contextlib.suppress(OSError):
+                lock.unlink()
         return True
     except OSError:  # held, or a file system without locks: then it is never given up by us
         return False

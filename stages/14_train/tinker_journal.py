@@ -19,9 +19,12 @@ There is no other state to keep: `step` and the seed say which rows come next (:
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +34,12 @@ from losses import Loss
 
 from shared.errors import BudgetError, SettingsError
 from shared.llm.catalogue import NANO
+from shared.llm.journal import set_aside
 from shared.llm.store import Entry, Store
 from shared.stage import shown
 
 STAGE = "14_train"
+INFINITY = float("inf")
 RESERVE_AGAIN_S = 0.1
 """While calls of other processes hold the rest of the budget, how often to look whether they cost less."""
 
@@ -108,7 +113,10 @@ class Journal:
         new = not self.path.exists()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+            data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+            if (written := os.write(file, data)) < len(data):  # the disk is full: leave no half line to write on behind
+                os.ftruncate(file, os.fstat(file).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(file)
         finally:
             os.close(file)
@@ -163,6 +171,7 @@ class Ledger:
     def __post_init__(self) -> None:
         self._store = Store(self.cache / f"{self.apis}.sqlite")
         self._runner = asyncio.Runner()
+        self._held = 0  # nanodollars set aside for what comes behind the next payment
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -177,7 +186,7 @@ class Ledger:
         """
         if self.budget_usd is None:
             return "no cap (BUDGET_USD is not set)"
-        spent = self._store.spent_usd(self.run)
+        spent = self._store.spent_usd(self.run) + set_aside(self._store, self.run) / NANO
         left = max(0.0, self.budget_usd - spent)
         if usd > left:
             raise BudgetError(
@@ -187,15 +196,25 @@ class Ledger:
             )
         return f"${left:,.4f} of BUDGET_USD={self.budget_usd:g} are left"
 
-    def pay(self, key: str, model: str, tokens: int, nano: int, aside: int = 0) -> None:
-        """Enter what is sent next, if the budget holds that and ``aside`` nanodollars more.
+    def pay(
+        self,
+        key: str,
+        model: str,
+        tokens: int,
+        nano: int,
+        aside: int = 0,
+        until: Callable[[], float] = lambda: INFINITY,
+    ) -> None:
+        """Enter what is sent next, and keep ``aside`` nanodollars set aside for the next payment.
+
+        ``until``: how long to wait, by the monotonic clock, while calls of other processes hold what is missing.
 
         Raises:
-            BudgetError: it does not, for other stages spend at the same time; it must not be sent.
+            BudgetError: the budget does not hold both, for other stages spend at the same time; it must not be sent.
         """
-        self._runner.run(self._pay(key, model, tokens, nano, aside))
+        self._runner.run(self._pay(key, model, tokens, nano, aside, until))
 
-    async def _pay(self, key: str, model: str, tokens: int, nano: int, aside: int) -> None:
+    async def _pay(self, key: str, model: str, tokens: int, nano: int, aside: int, until: Callable[[], float]) -> None:
         entry = Entry(
             key=key,
             model=model,
@@ -207,9 +226,34 @@ class Ledger:
             cached=0,
             nano=nano,
         )
-        reserved = 0
-        if self.budget_usd is not None and nano:
-            while not await self._store.reserve(self.run, nano + aside, round(self.budget_usd * NANO)):
+        if self.budget_usd is None:
+            await self._store.put_vectors(entry, {})  # an answer that is not kept: the line alone
+            return
+        missing = max(0, nano + aside - self._held)
+        if missing:
+            await self._reserve(missing, until)
+            self._held += missing
+        await self._store.put_vectors(entry, {}, self._held - aside)
+        self._held = aside
+
+    async def _reserve(self, nano: int, until: Callable[[], float]) -> None:
+        assert self.budget_usd is not None
+        cap, told = round(self.budget_usd * NANO), False
+        while not await self._store.reserve(self.run, nano, cap):
+            batches = set_aside(self._store, self.run)
+            # Nobody here looks at batches: waiting for them might never end.
+            if round(self._store.spent_usd(self.run) * NANO) + self._held + batches + nano > cap:
+                what = f"${batches / NANO:.4f} of it are set aside for batches that are under way at their providers"
+            elif time.monotonic() > until():
+                what = "the rest of it is set aside for calls of other stages"
+            else:
+                if not told:
+                    told = True
+                    print("waiting: the rest of BUDGET_USD is set aside for calls under way", file=sys.stderr)
                 await asyncio.sleep(RESERVE_AGAIN_S)
-            reserved = nano + aside
-        await self._store.put_vectors(entry, {}, reserved)  # an answer that is not kept: the line alone
+                continue
+            raise BudgetError(
+                f"BUDGET_USD={self.budget_usd:g} has no room for the next ${nano / NANO:.4f} of RUN={self.run}: {what}",
+                f"let them end (batches: BATCH=1 make {self.run}), or give more: "
+                f"BUDGET_USD={self.budget_usd + nano / NANO:.2f} make stage14 RUN={self.run}",
+            )

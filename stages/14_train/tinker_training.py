@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from downloads import fetch_all
 from leaving import LEAVE_S, Leaving
 from losses import Loss, LossLog
 from rendering import Row
-from tinker_journal import Journal, Ledger, Saved
+from tinker_journal import INFINITY, Journal, Ledger, Saved
 from tinker_service import Waiting, goodbye, in_background, rest, sdk
 from tinker_steps import (
     Costs,
@@ -192,10 +193,10 @@ class Training:
             except Exception as error:
                 if not self.in_doubt:
                     self._park(model)
-                    raise
                 if not self.leaving.interrupted:
                     raise
-                self._say_not_saved(error)
+                if self.in_doubt:
+                    self._say_not_saved(error)
             else:
                 self._park(model)
             if self.leaving.interrupted:
@@ -253,7 +254,7 @@ class Training:
                 self._measure(model, one)
 
     def _keep(self, model: Any, one: Sent) -> None:
-        self._pay("keep", one.step, self.costs.stored, 0, self._state_nano())
+        self._pay("keep", one.step, self.costs.stored, 0, self._state_nano(), until=lambda: self.leaving.deadline)
         one.state = model.save_state(f"step-{one.step:06d}", ttl_seconds=self.settings.keep_days * 86_400)
 
     def _measure(self, model: Any, one: Sent) -> None:
@@ -301,13 +302,24 @@ class Training:
         self.log.add(loss)
         self.fresh.append(loss)
 
-    def _pay(self, event: str, step: int, model: str, tokens: int, nano: int, aside: int = 0) -> None:
+    def _pay(
+        self,
+        event: str,
+        step: int,
+        model: str,
+        tokens: int,
+        nano: int,
+        aside: int = 0,
+        until: Callable[[], float] | None = None,
+    ) -> None:
         """Enter what is sent next, in the ledger and then in the journal.
 
         Raises:
             BudgetError: the budget is spent, or would not hold ``aside`` nanodollars more.
         """
-        self.ledger.pay(f"{self.journal.training}/{event}/{step}", model, tokens, nano, aside)
+        # Whoever wants to leave waits for no money, but for what saves what is paid.
+        wait = until or (lambda: 0.0 if self.leaving.asked else INFINITY)
+        self.ledger.pay(f"{self.journal.training}/{event}/{step}", model, tokens, nano, aside, wait)
         after = (self.journal.nano + nano) / NANO
         self.journal.write(event, step=step, tokens=tokens, nano=nano, cost_usd=after)
 

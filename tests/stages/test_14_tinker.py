@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -464,21 +466,72 @@ def test_an_interrupted_run_saves_a_state_first_and_no_step_is_ever_repeated(pla
     assert sum(line["nano"] for line in place.ledger()) == round(place.receipt()[0].cost_usd * 1e9)
 
 
+def free(ledger: Any) -> int:
+    """Nanodollars that another stage can have: all that is neither spent nor set aside."""
+    (aside,) = ledger._store.rows("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", ledger.run)[0]
+    return round((ledger.budget_usd - ledger._store.spent_usd(ledger.run)) * 1e9) - int(aside)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Any]:
+    opened = journals.Ledger(tmp_path / "cache", "mock", "trial", "compression", 1.0)
+    yield opened
+    opened.close()
+
+
+def test_what_calls_of_others_hold_is_waited_for_with_a_word_and_not_for_ever(
+    ledger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Store(ledger.cache / "mock.sqlite")
+    with asyncio.Runner() as runner:
+        assert runner.run(other.reserve("trial", round(0.9e9), round(1e9)))
+        started = time.monotonic()
+        with pytest.raises(
+            BudgetError, match=r"no room for the next \$0\.2000 of RUN=trial: the rest of it is set aside"
+        ):
+            ledger.pay("t/step/1", "m", 1, round(0.2e9), 0, lambda: started + 0.5)
+        assert 0.5 <= time.monotonic() - started < 20
+        assert capsys.readouterr().err.count("waiting: the rest of BUDGET_USD is set aside") == 1
+        runner.run(other.release(round(0.9e9)))
+        ledger.pay("t/step/1", "m", 1, round(0.2e9))
+    other.close()
+    assert ledger._store.spent_usd("trial") == 0.2 and free(ledger) == round(0.8e9)
+
+
+def test_what_batches_hold_is_not_waited_for(ledger: Any) -> None:
+    ledger.pay("t/step/0", "m", 1, round(0.1e9))
+    with contextlib.closing(sqlite3.connect(ledger.cache / "mock.sqlite")) as db, db:
+        db.execute("INSERT INTO reserved VALUES ('batch|abc', 'trial', 800000000, 0)")
+    with pytest.raises(BudgetError, match=r"\$0\.8000 of it are set aside for batches") as error:
+        ledger.pay("t/step/1", "m", 1, round(0.2e9))
+    assert "BATCH=1 make trial" in error.value.mend
+    with pytest.raises(BudgetError, match=r"costs about \$0\.2000, and \$0\.1000 of BUDGET_USD=1 are left"):
+        ledger.afford(0.2, "it")
+
+
+def test_what_is_set_aside_is_held_until_it_is_paid(ledger: Any) -> None:
+    ledger.pay("t/step/1", "m", 1, round(0.2e9), round(0.1e9))
+    assert free(ledger) == round(0.7e9)
+    ledger.pay("t/step/2", "m", 1, round(0.2e9), round(0.1e9))
+    assert free(ledger) == round(0.5e9), "once, not once a step"
+    ledger.pay("t/keep/2", "m", 1, round(0.1e9))
+    assert free(ledger) == round(0.5e9) and ledger._store.spent_usd("trial") == 0.5
+
+
 def test_a_budget_that_others_spend_meanwhile_still_holds_what_saving_costs(
     place: Place, rows: list[Any], standin: StandinLog, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = steps.TinkerTraining(**SETTINGS | {"save_every": 6})
 
     class Shared(journals.Ledger):  # type: ignore[misc]
-        """A ledger into which another stage enters all that is left, but for the price of a state, behind step 3."""
+        """One beside which another stage spends all that it can have, behind step 3."""
 
         def pay(self, key: str, *args: Any) -> None:
             if key.endswith("/step/4"):
-                super().pay("other/1", "anthropic/x", 1, round(1e9 * self.left()) - training.costs.store(12, 7))
+                other = journals.Ledger(self.cache, self.apis, self.run, self.track, self.budget_usd)
+                other.pay("other/1", "anthropic/x", 1, free(self))
+                other.close()
             super().pay(key, *args)
-
-        def left(self) -> float:
-            return float(self.budget_usd - self._store.spent_usd(self.run))
 
     with connected():
         bar = contextlib.nullcontext(SimpleNamespace(step=lambda: None))
@@ -489,7 +542,7 @@ def test_a_budget_that_others_spend_meanwhile_still_holds_what_saving_costs(
         training = trainings.Training(settings, 0, work, costs, ledger)
         with pytest.raises(BudgetError, match=r"BUDGET_USD=1 is reached"):
             training.go()
-        assert ledger.left() < 1e-9, "a state was paid with the last of it"
+        assert ledger._store.spent_usd("trial") == 1.0, "a state was paid with the last of it"
         ledger.close()
     saved = journals.Journal(work.state / "journal.jsonl")
     assert [state.step for state in saved.saved] == [3] and saved.unsaved == 0
