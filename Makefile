@@ -43,6 +43,26 @@ IMAGES := llm data
 ifneq ($(words $(RUN))-$(filter-out $(RUNS),$(RUN)),1-)
 $(error RUN must be one of $(RUNS), got '$(RUN)')
 endif
+# What is set wrongly is said at once, also where nothing would have to be made, and before anything is paid.
+one-of = $(if $(filter-out $(2),$($(1)))$(word 2,$($(1))),$(error $(1) must be one of $(2), got '$($(1))'))
+number = $(if $(strip $(foreach digit,$(3),$(eval rest := $(subst $(digit),,$(rest))))$(rest)$(word 2,$($(1)))),$(error $(1) must be $(2), got '$($(1))'))
+$(call one-of,APIS,mock live)
+$(call one-of,BATCH,0 1)
+$(call one-of,RUNNER,auto docker native)
+$(call one-of,ENGINE,embedded ray)
+$(call one-of,TRACK,$(TRACKS))
+rest := $(BUDGET_USD)
+$(call number,BUDGET_USD,dollars (5 or 0.50),0 1 2 3 4 5 6 7 8 9 .)
+rest := $(LIMIT)
+$(call number,LIMIT,a number of records (0 = all),0 1 2 3 4 5 6 7 8 9)
+STAGES := $(foreach n,1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16,stage$(n))
+$(if $(filter-out $(STAGES),$(filter stage%,$(MAKECMDGOALS))),$(error stages are stage1 to stage16, got '$(MAKECMDGOALS)'; next: make help))
+# whole: what to say of an estimate when LIMIT is set
+whole = $(if $(filter-out 0,$(LIMIT)),@echo "LIMIT=$(LIMIT) is not counted here: dollars and calls are those of all records")
+# mixed: nothing, or, where outputs that are up to date are not of the kind that is asked for, the recipe that says so
+apis  = $(or $(APIS),$(if $(wildcard .env),live,mock))
+other = $(if $(filter live,$(apis)),mock,live)
+mixed = $(if $(wildcard data/$(1)/.apis-$(other)),@printf 'error: %s\nnext: %s\n' "data/$(1) holds outputs of APIS=$(other); this command has APIS=$(apis). They never mix." "make clean RUN=$(1)   (replies stay in data/cache)" >&2; exit 2)
 
 # out: the paths of one stage's output, for every run, for these tracks
 out = $(foreach run,$(RUNS),$(foreach track,$(2),data/$(run)/$(track)/$(1).jsonl))
@@ -169,14 +189,19 @@ $(foreach run,$(RUNS),$(call made,$(run))): %: | $$(@D)/. .venv/.setup
 .PHONY: stage1 stage2 stage3 stage4 stage5 stage6 stage7 stage8 stage9 stage10 stage11 stage12 stage13 stage14 stage15 stage16
 
 trial: $(foreach track,$(TRACKS),data/trial/$(track)/13_format.jsonl) models/trial/compression/16_release.json ## every track at small scale, trained, measured, laid out for release; no keys and no money while there is no .env
+	$(call mixed,trial)
 # Where MLX cannot be installed, `make trial` makes all data and leaves out what needs MLX; asked for by name, that fails.
 trial: export WITHOUT_MLX = skip
 full: RUN = full
 full: $(foreach track,$(TRACKS),data/full/$(track)/13_format.jsonl) models/full/compression/16_release.json ## the same at production scale; starts with preflight
+	$(call mixed,full)
 bootstrap: models/bootstrap/compression/14_train.json ## a first adapter, where there is none: a teacher's compressions, validated, then trained with MLX
+	$(call mixed,bootstrap)
 compression: data/$(RUN)/compression/13_format.jsonl ## the compression track of RUN
 grounded: data/$(RUN)/grounded/13_format.jsonl ## the grounded track of RUN, from FACTS
 patterns: data/$(RUN)/patterns/13_format.jsonl ## the patterns track of RUN
+compression grounded patterns $(STAGES):
+	$(call mixed,$(RUN))
 
 every = $(foreach track,$(TRACKS),data/$(RUN)/$(track)/$(1).jsonl)
 stage1: data/$(RUN)/compression/01_acquire.jsonl ## acquire: sources to RawText, pinned, with licences
@@ -238,8 +263,10 @@ chaos: .venv/.setup uv.lock ## kill -9 the whole trial KILLS times (SEED, JOBS; 
 preflight: preflight-$(RUN) ## everything RUN needs before anything is spent: keys, models, inputs, disk, budget
 $(RUNS:%=preflight-%): preflight-%: .venv/.setup
 	$(PY) -m shared.preflight --run $*
+	$(whole)
 estimate: .venv/.setup ## calls, tokens and dollars of RUN per stage, low / expected / high; spends nothing
 	$(PY) -m shared.estimate --run $(RUN)
+	$(whole)
 stats: .venv/.setup ## what RUN kept, rejected and spent, by stage, provider, model and day
 	$(PY) -m shared.stats --run $(RUN)
 trace: .venv/.setup ## the life of one record: make trace ID=<id> (FULL=1: prompts and answers whole)
@@ -259,7 +286,7 @@ help: ## this text
 	  APIS 'mock or live; default: live once there is a .env, else mock (now: $(APIS))' \
 	  BUDGET_USD 'dollars that may ever be spent for RUN; default: no cap (now: $(BUDGET_USD))' \
 	  BATCH '1: questions to hosted models go in batches, at half price, within a day (now: $(BATCH))' \
-	  LIMIT 'records each stage reads at most; 0 = all (now: $(LIMIT))' \
+	  LIMIT 'records each stage reads at most, and dialogues 07 makes; 0 = all (now: $(LIMIT))' \
 	  FACTS 'the facts file of the grounded track (now: $(FACTS))' \
 	  RUNNER 'auto, docker or native: where stages run; auto is docker when an engine and its images are there (now: $(RUNNER))' \
 	  ENGINE 'embedded or ray: where 02, 11 and 12 run (now: $(ENGINE))' \

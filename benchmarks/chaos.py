@@ -351,11 +351,11 @@ def disturbed(
     its share of what is left to do; longer each time nothing came of it, so that a stage that cannot be done in parts
     is not killed for ever. When all is done before the kills are, the run begins anew, from stored answers.
     """
-    draw, patience, before = random.Random(seed), 1.0, work.progress(trial)
+    draw, patience, hurry, before = random.Random(seed), 1.0, 1.0, work.progress(trial)
     while len(trial.kills) < kills:
         kills_left = kills - len(trial.kills)
         share, answers_left = work.left_s(trial) / kills_left, sum((work.answers - _answers(trial)).values())
-        life_s = work.begin_s * draw.uniform(0.1, 0.7) + patience * share * draw.uniform(0.0, 2.0)
+        life_s = work.begin_s * draw.uniform(0.1, 0.7) + patience * hurry * share * draw.uniform(0.0, 2.0)
         by_answers, served = bool(answers_left and draw.random() < 0.5), _Served(trial.log)
         more = draw.randint(1, max(1, 2 * answers_left // kills_left))
         with Life(command, trial.root, env, said) as life:
@@ -370,6 +370,7 @@ def disturbed(
             if not ended:
                 trial.kills.append(life.kill(draw, env["RUNNER"] == "docker"))
         if ended:
+            hurry /= 2  # from stored answers it is done sooner than what is left to do had taken
             for place in ("data/trial", "models/trial"):
                 shutil.rmtree(trial.root / place)
         after = work.progress(trial)

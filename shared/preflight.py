@@ -98,6 +98,17 @@ def settings(run: str) -> tuple[Stages, list[Check]]:
     return loaded, checks or [Check("settings", "ok", f"{len({name for _, name in loaded})} stages, {run}.toml each")]
 
 
+def keys(run: str, mode: str) -> list[Check]:
+    """Whether the keys are used at all; a run that is to be real must not be made by the stand-in unawares."""
+    if mode == "live":
+        return []
+    asked = os.environ.get("APIS", "").strip()
+    why = "APIS=mock" if asked else "APIS is not set and there is no .env"
+    state: State = "ok" if run == "trial" else "warn" if asked else "MISS"
+    mend = "cp env.example .env, and fill it in; to rehearse with the stand-in: APIS=mock"
+    return [Check("keys", state, f"none is used: {why}, and every service below is the stand-in", mend)]
+
+
 def ownership(directory: Path, mode: str) -> Check:
     """Whether the run directory is free, or of the same kind."""
     mark = directory / ".apis"
@@ -468,7 +479,7 @@ def preflight(run: str, data: Path, mode: str, today: datetime.date) -> list[Che
     """Every check of a run; with the stand-in running already when ``mode`` is mock (:func:`shared.apis.connect`)."""
     loaded, checks = settings(run)
     whole = all(check.state == "ok" for check in checks)
-    checks.append(ownership(data / run, mode))
+    checks += [*keys(run, mode), ownership(data / run, mode)]
     network: dict[str, Callable[[], list[Check]]] = {}
     asked: dict[tuple[str, str], set[str]] = {}
     one: dict[Domain, Volume] = {"code": Volume(1, 100, 50), "prose": Volume(1, 100, 50)}

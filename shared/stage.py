@@ -692,7 +692,11 @@ def _belongs(directory: Path, mode: str, *, claim: bool = False) -> None:
                 os.link(whole, mark)  # a link appears whole, and to one process only
         finally:
             whole.unlink(missing_ok=True)
-    owner = mark.read_text("utf-8").strip() if mark.exists() else mode
+    owner = mode
+    if mark.exists():
+        owner = mark.read_text("utf-8").strip()
+        with suppress(OSError):  # the same as a name, for the Makefile, which reads no files
+            (directory / f".apis-{owner}").touch()
     if owner != mode:
         raise MixedApisError(
             f"{shown(directory)} holds outputs of APIS={owner}; this command has APIS={mode}. They never mix.",

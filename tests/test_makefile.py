@@ -384,8 +384,36 @@ def test_release_publishes_only_when_asked(built: Path, run_make: Make) -> None:
 
 def test_no_decision_is_made_while_the_makefile_is_read() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert "$(shell" not in makefile and "wildcard" not in makefile
+    assert "$(shell" not in makefile
+    lines = [line for line in makefile.splitlines() if "wildcard" in line]
+    assert all(re.match(r"\w+ +=", line) for line in lines), "in what recipes expand, when they run"
     assert not re.search(r"^\t[^#\n]*[^|]\|[^|]", makefile, re.M), (
         "3.81 knows no pipefail: a pipe in a recipe hides a failure"
     )
     assert "&:" not in makefile, "3.81 runs the recipe of grouped targets twice"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["APIS=lve", "BATCH=2", "RUNNER=dockr", "ENGINE=spark", "TRACK=nope", "BUDGET_USD=abc", "LIMIT=-1", "LIMIT=5 6"],
+)
+def test_a_wrong_variable_is_said_also_where_nothing_would_be_made(built: Path, run_make: Make, wrong: str) -> None:
+    assert run_make("-q", "trial", "BUDGET_USD=0.50", "LIMIT=0", "BATCH=", "APIS=").returncode == 0
+    done = run_make("trial", wrong)
+    assert done.returncode == 2 and f"{wrong.partition('=')[0]} must be" in done.stderr, done.stderr
+
+
+def test_a_stage_that_is_not_there_is_said(run_make: Make) -> None:
+    assert "stages are stage1 to stage16, got 'stage99'" in run_make("stage99").stderr
+
+
+@pytest.mark.parametrize("goal", ["trial", "compression", "stage4"])
+def test_a_run_of_the_standin_does_not_pass_for_a_live_one(built: Path, run_make: Make, goal: str) -> None:
+    (built / "data" / "trial" / ".apis-mock").touch()
+    assert run_make("-q", "trial").returncode == run_make("-q", "trial", "APIS=mock").returncode == 0
+    done = run_make("-n", goal, "APIS=live")
+    assert "data/trial holds outputs of APIS=mock; this command has APIS=live" in done.stdout
+    assert "never mix" not in run_make("-n", "full", "APIS=live").stdout
+    (built / ".env").touch()
+    done = run_make("trial", "APIS=")
+    assert done.returncode == 2 and "next: make clean RUN=trial" in done.stderr, done.stdout

@@ -436,3 +436,14 @@ def test_without_a_stand_in_that_answers_there_is_no_traceback(tmp_path: Path) -
     assert said.returncode == SettingsError.exit_code
     assert "Traceback" not in said.stdout + said.stderr
     assert re.search(r"MISS +anthropic +cannot be reached", said.stdout)
+
+
+def test_a_run_that_costs_money_is_not_made_by_the_standin_unawares(
+    _own_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APIS", "")
+    assert preflight.keys("full", "live") == []
+    assert [preflight.keys(run, "mock")[0].state for run in ("trial", "full", "bootstrap")] == ["ok", "MISS", "MISS"]
+    monkeypatch.setenv("APIS", "mock")
+    (check,) = preflight.keys("full", "mock")
+    assert check.state == "warn" and "stand-in" in check.found and "env.example" in check.mend

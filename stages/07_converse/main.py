@@ -143,7 +143,7 @@ def main(stage: Stage[Params]) -> None:
         },
         turns=p.turns,
         personas=p.personas,
-    )
+    )[: stage.limit or None]
     with open(stage.side_file(".plans.jsonl"), "wb") as file:
         for pair, plan in plans:
             file.write(orjson.dumps({"pair": pair.id, **plan.model_dump()}, option=orjson.OPT_APPEND_NEWLINE))

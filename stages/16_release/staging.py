@@ -63,6 +63,8 @@ def told(receipt: ReleaseReceipt, directory: Path) -> str:
         where = f"{item.url} at {item.commit[:12]}, compared" if item.commit else f"for {item.repo}, not pushed"
         private = "" if item.private is None else ", private" if item.private else ", PUBLIC"
         lines.append(f"{shown(directory / item.kind)}  {len(item.files)} files  {where}{private}")
+    if receipt.pushed and receipt.apis == "mock":
+        lines.append("a rehearsal: pushed to the stand-in Hub of this machine; nothing was published")
     if receipt.made_by_standin:
         lines.append("made by a stand-in; cannot be pushed to a real Hub")
     lines += [f"{licence} asks for {asked}" for licence, asked in receipt.obligations.items()]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
@@ -116,16 +115,30 @@ def test_old_directories_are_replaced_whole(data: Path) -> None:
 def test_datasets_loads_it_even_with_an_empty_split(data: Path, tmp_path: Path) -> None:
     _, examples = format_(data, chosen(2), "valid = 0.0\ntest = 0.0")
     assert {example.split for example in examples} == {"train"}
+    loaded = load_dataset(data / "dataset", tmp_path)
+    assert set(loaded) == {"train"} and sorted(loaded["train"]) == sorted(example.id for example in examples)
+
+
+def test_datasets_never_gives_the_rows_of_an_earlier_run(data: Path, tmp_path: Path) -> None:
+    for count in (80, 40):  # in one cache, from one directory
+        _, examples = format_(data, chosen(count))
+        for split, ids in load_dataset(data / "dataset", tmp_path).items():
+            assert sorted(ids) == sorted(example.id for example in examples if example.split == split), split
+
+
+def load_dataset(directory: Path, home: Path) -> dict[str, list[str]]:
+    """The ids of each split, as a stranger's program reads them."""
     code = (
         "import sys, json, datasets\n"
-        "print(json.dumps({name: len(rows) for name, rows in datasets.load_dataset(sys.argv[1]).items()}))\n"
+        "found = datasets.load_dataset(sys.argv[1])\n"
+        "print(json.dumps({split: list(rows['id']) for split, rows in found.items()}))\n"
     )
-    command = [sys.executable, "-c", code, str(data / "dataset")]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(directory)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    sizes: dict[str, Any] = json.loads(done.stdout)
-    assert sizes["train"] == 2 and sizes.get("valid", 0) == sizes.get("test", 0) == 0
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
 
 
 def test_a_turn_without_text_is_set_aside(data: Path) -> None:

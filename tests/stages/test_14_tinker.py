@@ -469,7 +469,7 @@ def test_an_interrupted_run_saves_a_state_first_and_no_step_is_ever_repeated(pla
 def free(ledger: Any) -> int:
     """Nanodollars that another stage can have: all that is neither spent nor set aside."""
     (aside,) = ledger._store.rows("SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ?", ledger.run)[0]
-    return round((ledger.budget_usd - ledger._store.spent_usd(ledger.run)) * 1e9) - int(aside)
+    return round(float(ledger.budget_usd - ledger._store.spent_usd(ledger.run)) * 1e9) - int(aside)
 
 
 @pytest.fixture
