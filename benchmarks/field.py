@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--scenarios", default="", metavar="NAMES", help=f"of {', '.join(SCENARIOS)}; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--calls", type=int, default=CALLS, help="of `fast`; the others are in proportion")
+    parser.add_argument("--again", action="store_true", help="keep the other scenarios that OUT has, with their date")
     parser.add_argument("--out", default="benchmarks/results/client", help="there .json and .md; '' = print only")
     flags = parser.parse_args()
     peers = flags.peers.split() or venvs.PEERS
@@ -323,10 +324,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     flags.command = os.environ.get("BENCH_COMMAND") or " ".join(["python -m benchmarks.field", *sys.argv[1:]])
     found = measure(flags, peers, scenarios)
+    if flags.again:
+        found = results.again(json.loads((ROOT / flags.out).with_suffix(".json").read_text("utf-8")), found)
     print(results.document(found))
     if flags.out:
         results.write(found, ROOT / flags.out)
-        whole = set(peers) == set(venvs.PEERS) and set(scenarios) == set(SCENARIOS)
+        whole = set(peers) == set(venvs.PEERS) and (flags.again or set(scenarios) == set(SCENARIOS))
         if whole and flags.calls == CALLS and flags.out == parser.get_default("out"):
             results.into_readme(ROOT / "README.md", found)
 

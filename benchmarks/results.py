@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_OURS = ("heavy", "memory", "variants")
 TITLES = {"synthmill": "synthmill", "bare": "bare aiohttp (the floor)"}
 BEGIN, END = "<!-- make bench-client writes this -->", "<!-- end of what make bench-client writes -->"
 CALLS = 2000
@@ -185,6 +186,13 @@ def lead(found: Row) -> str:
 # ---------------------------------------------------------------- the documents
 
 
+def again(before: Row, found: Row) -> Row:
+    """An earlier measurement in which what was measured anew takes the place of what it was."""
+    anew = {name: row for name, row in found.items() if (isinstance(row, dict) and "found" in row) or name in _OURS}
+    line = f"{', '.join(anew)}: {found['date']}, load average {found['machine']['load_before'][0]} before."
+    return before | anew | {"again": [*before.get("again", []), line]}
+
+
 def document(found: Row) -> str:
     """All of it, as benchmarks/results/client.md has it."""
     here, parts = found["machine"], ["# The client and its peers, measured"]
@@ -196,6 +204,8 @@ def document(found: Row) -> str:
         f"Client and stub share the cores. Ours with {kinds}; the peers' dependencies as of {found['newest'][:10]}. "
         "What each column means: `python -m benchmarks.field --help`."
     )
+    if found.get("again"):
+        parts.append("Measured anew since: " + " ".join(found["again"]))
     if found["calls"] == CALLS and any(name in found for name, *_ in BARS):
         parts += ["## Against the bars and the best peer", lead(found)]
     if "fast" in found:
