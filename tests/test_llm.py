@@ -722,6 +722,35 @@ def test_two_processes_together_never_exceed_the_budget(standin_with: StandinWit
     assert max(served.values()) == 1, "no answer was paid twice"
 
 
+def test_of_those_who_wait_for_the_budget_one_asks_for_all(
+    standin: StandinLog, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, reserve = [0], Store.reserve
+    other = Store(data.parent.parent / "cache" / "mock.sqlite")
+
+    async def counting(self: Store, *of: Any) -> bool:
+        asked[0] += self is not other
+        return await reserve(self, *of)
+
+    monkeypatch.setattr(Store, "reserve", counting)
+    with models(data, GPT, budget_usd=1.0) as m:
+
+        async def work(n: int) -> Reply:
+            return await m.ask(question(text=f"Line {n}. {TEXT}"))
+
+        async def together() -> list[Reply]:
+            assert await other.reserve("trial", NANO, NANO)
+            waiting = asyncio.gather(*(work(n) for n in range(100)))
+            await asyncio.sleep(2)
+            assert not answers(standin)
+            await other.release(NANO)
+            return await waiting
+
+        assert [reply.problem for reply in m.one(together())] == [""] * 100
+    other.close()
+    assert 200 <= asked[0] < 400, "each once, one of them while there is no room, and each of the others once more"
+
+
 @pytest.mark.slow
 def test_a_budget_holds_over_stages_processes_kills_and_retries(standin_with: StandinWith, asking: NewAsking) -> None:
     log = standin_with(faults="429=0.05,500=0.05,reset=0.05,truncate=0.1,retry_after=0.05,seed=3", latency_s=0.05)

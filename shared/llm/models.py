@@ -96,7 +96,7 @@ class Models:
         self._runner = asyncio.Runner()
         self._spending = Spending()
         self._nano = 0
-        self._told_waiting = False
+        self._told_waiting, self._purse = False, asyncio.Lock()
         self._counts: Counter[str] = Counter()
         self._batches: Batches | None = None
         if batch:
@@ -453,16 +453,24 @@ class Models:
         """Set money aside for a call; how much was. Nothing to do, and nothing to wait for, without a budget."""
         if self.budget_nano is None or nano == 0:
             return 0
-        while True:
-            with self._waiting_for_the_disk():
-                if await self.store.reserve(self.run, nano, self.budget_nano):
-                    return nano
+        if await self._reserved(nano, self.budget_nano):
+            return nano
+        async with self._purse:  # one asks again and again, not thousands
+            await self._wait_for_budget(nano, self.budget_nano)
+        return nano
+
+    async def _reserved(self, nano: int, budget_nano: int) -> bool:
+        with self._waiting_for_the_disk():
+            return await self.store.reserve(self.run, nano, budget_nano)
+
+    async def _wait_for_budget(self, nano: int, budget_nano: int) -> None:
+        while not await self._reserved(nano, budget_nano):
             if self._batches:
                 self._batches.sweep()
-            elif (aside := set_aside(self.store, self.run)) and self._spent() + aside + nano > self.budget_nano:
+            elif (aside := set_aside(self.store, self.run)) and self._spent() + aside + nano > budget_nano:
                 # Nobody here looks at those batches: waiting for them would never end.
                 raise BudgetError(
-                    f"BUDGET_USD={self.budget_nano / NANO:g} is reached for RUN={self.run}: ${aside / NANO:.4f} of it "
+                    f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={self.run}: ${aside / NANO:.4f} of it "
                     "are set aside for batches that are under way at their providers",
                     f"pick them up: BATCH=1 make {self.run}",
                 )
