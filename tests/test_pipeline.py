@@ -26,6 +26,8 @@ import orjson
 import pytest
 from safetensors.numpy import load_file
 
+import shared.estimate as forecast
+from shared.llm.store import Store
 from shared.records import Example, Pair, RawText
 from shared.stage import read_records
 from tests.conftest import ROOT, StandinLog, clone_of, closed_environment, copy_of_repository, environment_of, make
@@ -121,6 +123,16 @@ def second(first: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 
 # ---------------------------------------------------------------- what it makes
+
+
+def test_what_the_trial_costs_was_estimated_before_anything_was_there(first: Clone, tmp_path: Path) -> None:
+    if not (first.root / "models/trial/compression/15_evaluate.json").exists():
+        pytest.skip("NOT COMPARED: without MLX nothing is evaluated")
+    low, expected, high = forecast.total_usd(forecast.estimate("trial", tmp_path / "data"))
+    with closing(Store(first.root / "data/cache/mock.sqlite")) as store:
+        paid = store.spent_usd("trial")
+    print(f"{low:.4f} / {expected:.4f} / {high:.4f}, paid {paid:.4f}: {expected / paid - 1:+.1%}")
+    assert low < paid < high and expected == pytest.approx(paid, rel=0.2)
 
 
 def test_the_trial_ends_with_a_table_and_enough_examples(first: Clone) -> None:

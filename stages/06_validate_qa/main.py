@@ -23,8 +23,8 @@ from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Domain, QAPair, Validation
 from shared.stage import Settings, Stage, run
 
-ANSWER_TOKENS = 50
-"""Of one validation, for the estimate: four booleans and a sentence."""
+ANSWER_TOKENS = 36
+"""Of one validation, for the estimate: four booleans and a sentence; the trial's have 35."""
 REASONS = {
     "supported": "not_supported",
     "complete": "not_complete",

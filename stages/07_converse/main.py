@@ -28,8 +28,8 @@ from shared.llm.volume import Calls, Volume, tokens_of
 from shared.records import Conversation, Domain, Grounding, Message, Plan, QAPair, content_id
 from shared.stage import Settings, Stage, run
 
-EXCHANGE_TOKENS = 110
-"""Of one question and its answer, JSON included, for the estimate."""
+EXCHANGE_TOKENS = 80
+"""Of one question and its answer, JSON and second tries included, for the estimate; the trial's have 77."""
 TRIES = 3
 """Times a conversation that is off its plan is asked for."""
 

@@ -27,8 +27,9 @@ from shared.records import Conversation, Domain
 from shared.stage import Settings, Stage, run
 
 PROMPTS = ("system", "judge")
-CRITERION_TOKENS, FEEDBACK_TOKENS, CONTEXT_TOKENS = 45, 60, 120
-"""Of one criterion judged with its quote, of feedback and issues, and of the facts or profile; for the estimate."""
+CRITERION_TOKENS, FEEDBACK_TOKENS, CONTEXT_TOKENS = 32, 40, 120
+"""Of one criterion judged with its quote, of feedback and issues, and of the facts or profile; for the estimate. The
+trial's answers have 160 for 4 criteria and 233 for 6."""
 
 
 class Params(Settings):
