@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from shared.llm.catalogue import NANO
 from shared.llm.store import Entry, Store, _dead, _forget_the_dead, _lock_of, over_budget
 from shared.llm.types import Answer
 
@@ -238,3 +239,12 @@ def set_aside(store: Store, run: str) -> int:
     """Nanodollars that batches of a run, which are under way at their providers, may cost at most."""
     query = "SELECT COALESCE(SUM(nano), 0) FROM reserved WHERE run = ? AND owner LIKE 'batch|%'"
     return int(store.rows(query, run)[0][0])
+
+
+def in_the_way(store: Store, run: str, nano: int, budget_nano: int) -> int:
+    """What batches have set aside, when that leaves no room for ``nano``; else 0.
+
+    Whoever does not look at batches must not wait for theirs: that might never end.
+    """
+    aside = set_aside(store, run)
+    return aside if round(store.spent_usd(run) * NANO) + aside + nano > budget_nano else 0

@@ -21,7 +21,7 @@ from shared import tracing
 from shared.errors import BudgetError, ProviderError, SettingsError
 from shared.llm.batch import QUESTIONS, Batches, has_batches
 from shared.llm.catalogue import NANO, catalogue
-from shared.llm.journal import Ask, set_aside
+from shared.llm.journal import Ask, in_the_way, set_aside
 from shared.llm.limits import MAX_WAIT_S, Costs, Limiter, Shared, file_of, forget_old
 from shared.llm.providers import PROVIDERS, TIMEOUT_S, BadRequestError, OpenAI, Provider, TransientError, check_key
 from shared.llm.store import Entry, Store
@@ -467,8 +467,7 @@ class Models:
         while not await self._reserved(nano, budget_nano):
             if self._batches:
                 self._batches.sweep()
-            elif (aside := set_aside(self.store, self.run)) and self._spent() + aside + nano > budget_nano:
-                # Nobody here looks at those batches: waiting for them would never end.
+            elif aside := in_the_way(self.store, self.run, nano, budget_nano):
                 raise BudgetError(
                     f"BUDGET_USD={budget_nano / NANO:g} is reached for RUN={self.run}: ${aside / NANO:.4f} of it "
                     "are set aside for batches that are under way at their providers",
@@ -478,9 +477,6 @@ class Models:
                 self._told_waiting = True
                 print("waiting: the rest of BUDGET_USD is set aside for calls under way", file=sys.stderr)
             await asyncio.sleep(RESERVE_AGAIN_S)
-
-    def _spent(self) -> int:
-        return round(self.store.spent_usd(self.run) * NANO)
 
     async def _persist(
         self, model: str, base_url: str, costs: Costs, send: Callable[[Hear], Coroutine[Any, Any, R]]

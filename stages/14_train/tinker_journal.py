@@ -34,7 +34,7 @@ from losses import Loss
 
 from shared.errors import BudgetError, SettingsError
 from shared.llm.catalogue import NANO
-from shared.llm.journal import set_aside
+from shared.llm.journal import in_the_way, set_aside
 from shared.llm.store import Entry, Store
 from shared.stage import shown
 
@@ -240,10 +240,10 @@ class Ledger:
         assert self.budget_usd is not None
         cap, told = round(self.budget_usd * NANO), False
         while not await self._store.reserve(self.run, nano, cap):
-            batches = set_aside(self._store, self.run)
-            # Nobody here looks at batches: waiting for them might never end.
-            if round(self._store.spent_usd(self.run) * NANO) + self._held + batches + nano > cap:
+            if batches := in_the_way(self._store, self.run, self._held + nano, cap):
                 what = f"${batches / NANO:.4f} of it are set aside for batches that are under way at their providers"
+            elif round(self._store.spent_usd(self.run) * NANO) + self._held + nano > cap:
+                what = f"${self._held / NANO:.4f} of it are set aside for keeping the state behind the last step"
             elif time.monotonic() > until():
                 what = "the rest of it is set aside for calls of other stages"
             else:

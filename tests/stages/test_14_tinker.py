@@ -514,6 +514,8 @@ def test_what_is_set_aside_is_held_until_it_is_paid(ledger: Any) -> None:
     assert free(ledger) == round(0.7e9)
     ledger.pay("t/step/2", "m", 1, round(0.2e9), round(0.1e9))
     assert free(ledger) == round(0.5e9), "once, not once a step"
+    with pytest.raises(BudgetError, match=r"\$0\.1000 of it are set aside for keeping the state behind the last step"):
+        ledger.pay("t/step/3", "m", 1, round(0.55e9), round(0.1e9))
     ledger.pay("t/keep/2", "m", 1, round(0.1e9))
     assert free(ledger) == round(0.5e9) and ledger._store.spent_usd("trial") == 0.5
 
